@@ -1,0 +1,1 @@
+"""Training rows: sources of token ids with per-token loss weights, mixed deterministically."""

@@ -1,0 +1,198 @@
+"""From examples to a training row: fill to whole blocks, draw noise, lay the streams side by side.
+
+Everything random is drawn here from (seed, row), so the batch is the same on any worker, GPU or resumed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mage_tune.blocks import all_mask_positions, draw_mask, maskable_positions, noise_generator, num_blocks, round_up
+from mage_tune.data.example import Example
+from mage_tune.families import Family
+from mage_tune.streams import RowStreams
+
+NOISE_DRAW, BLOCK_DRAW = 0, 1
+"""Numbers of the independent random draws of a row: its noise, and the blocks sampled for attention alignment."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches for one family and one set of streams.
+
+    Args:
+        family: noise, fill, shift and mask facts.
+        seed: the run's seed.
+        exact_noisy: rows carry exact noisy streams (one, or two complementary views).
+        mask_stream: rows carry the all-[MASK] stream.
+        sparse_stream: rows carry the sparse stream (a copy of the first noisy view).
+        sampled_blocks: blocks sampled per row and step for attention alignment; 0 for none.
+        length_multiple: rows are padded to a multiple of this many tokens (and of the block size).
+    """
+
+    family: Family
+    seed: int
+    exact_noisy: bool = True
+    mask_stream: bool = False
+    sparse_stream: bool = False
+    sampled_blocks: int = 0
+    length_multiple: int = 1
+
+    @property
+    def views(self) -> int:
+        """Noisy views of a row."""
+        return (2 if self.family.complementary_views else 1) * self.exact_noisy
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """One batch.
+
+        Returns:
+            input_ids, position_ids: (batch, total) int64; streams: the `RowStreams` of every row;
+            noisy_from, noisy_target, noisy_weight: (n,) flat position in the batch that predicts, token, loss weight;
+            sparse_from, sparse_target, sparse_weight: the same of the sparse stream (only with one);
+            teacher_from: (n_sparse,) flat position of the same prediction in a batch of [noisy ; clean] rows;
+            is_counted: (views, batch, blocks) bool, blocks whose all-mask and later step differ and have a prefix;
+            sampled_blocks, is_sampled: (batch, sampled) block numbers and whether they count;
+            loss_items: scalar float32, what the batch's diffusion loss is divided by (the family's normaliser);
+            rows: (batch,) row numbers; num_tokens: scalar, data tokens before fill and streams.
+        """
+        length = max(round_up(len(e.input_ids), self.family.block_size) for e in examples)
+        length = round_up(length, int(np.lcm(self.length_multiple, self.family.block_size)))
+        streams = RowStreams(
+            length, self.family.block_size, sparse=self.sparse_stream, mask=self.mask_stream, noisy=self.views
+        )
+        made = [self._row(e, streams) for e in examples]
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(np.stack([r["input_ids"] for r in made])),
+            "position_ids": torch.arange(length).repeat(streams.total // length).expand(len(made), -1).contiguous(),
+            "streams": streams,
+            "rows": torch.tensor([e.row for e in examples]),
+            "loss_items": torch.tensor(sum(float(r["loss_items"]) for r in made)),
+            "num_tokens": torch.tensor(sum(len(e.input_ids) for e in examples)),
+            "is_counted": torch.from_numpy(np.stack([r["is_counted"] for r in made], axis=1)),
+        }
+        for kind in ("noisy", "sparse"):
+            if kind == "sparse" and not self.sparse_stream:
+                continue
+            batch[f"{kind}_from"] = _flat([r[f"{kind}_from"] for r in made], streams.total)
+            batch[f"{kind}_target"] = torch.from_numpy(np.concatenate([r[f"{kind}_target"] for r in made]))
+            batch[f"{kind}_weight"] = torch.from_numpy(np.concatenate([r[f"{kind}_weight"] for r in made]))
+        if self.sparse_stream:  # the sparse stream starts a row, so its offsets are those of a [noisy ; clean] row
+            batch["teacher_from"] = _flat([r["sparse_from"] for r in made], 2 * length)
+        if self.sampled_blocks:
+            batch["sampled_blocks"] = torch.from_numpy(np.stack([r["sampled_blocks"] for r in made]))
+            batch["is_sampled"] = torch.from_numpy(np.stack([r["is_sampled"] for r in made], axis=1))
+        return batch
+
+    def _row(self, example: Example, streams: RowStreams) -> dict[str, np.ndarray]:
+        family, size = self.family, self.family.block_size
+        tokens, weight = self._filled(example, streams.length)
+        is_masked, probability = draw_mask(
+            maskable_positions(weight, family), family.noise, size, noise_generator(self.seed, example.row, NOISE_DRAW)
+        )
+        supervised_but_masked = [is_masked]
+        if family.complementary_views:
+            supervised_but_masked.append(maskable_positions(weight, family) & ~is_masked)
+        at_start = all_mask_positions(weight, family)
+        noisy = [np.where(m, family.mask_id, tokens) for m in supervised_but_masked]
+        start = np.where(at_start, family.mask_id, tokens)
+        pieces = [noisy[0]] * self.sparse_stream + [start] * self.mask_stream + noisy[: self.views] + [tokens]
+        row: dict[str, np.ndarray] = {"input_ids": np.concatenate(pieces).astype(np.int64)}
+        clean = streams.offset("clean")
+        noisy_parts = [
+            self._predictions(tokens, weight, masked, probability, streams.offset("noisy", view), clean)
+            for view, masked in enumerate(supervised_but_masked[: self.views])
+        ]
+        row |= _named("noisy", noisy_parts)
+        if self.sparse_stream:
+            part = self._predictions(tokens, weight, is_masked, probability, streams.offset("sparse"), None)
+            row |= _named("sparse", [part])
+        # SDAR divides its 1/p-weighted sum by all supervised tokens; a uniform loss is a mean over predicted ones.
+        predicted = row["noisy_weight"] if noisy_parts else row["sparse_weight"]
+        row["loss_items"] = (weight if family.loss_weight == "inverse_p" else predicted).sum(dtype=np.float64)
+        row["is_counted"] = np.stack(
+            [_differing_blocks(start, x, size) for x in noisy[: max(self.views, 1)]]
+        )  # (views, blocks)
+        if self.sampled_blocks:
+            row |= self._sample_blocks(row["is_counted"], example.row)
+        return row
+
+    def _filled(self, example: Example, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights up to `length`: the family's fill to the end of the last block, then padding.
+
+        Fill tokens weigh as much as the last token of the sample where the family trains them, else nothing.
+        """
+        family = self.family
+        num_tokens = len(example.input_ids)
+        block_end = num_blocks(num_tokens, family.block_size) * family.block_size
+        fill = {"mask": family.mask_id, "pad": family.pad_id, "stop": family.stop_ids[0]}[family.fill]
+        tokens = np.full(length, family.pad_id, dtype=np.int64)
+        weight = np.zeros(length, dtype=np.float32)
+        tokens[:num_tokens], weight[:num_tokens] = example.input_ids, example.loss_weight
+        tokens[num_tokens:block_end] = fill
+        if family.fill_supervised:
+            weight[num_tokens:block_end] = example.loss_weight[-1]
+        return tokens, weight
+
+    def _predictions(
+        self,
+        tokens: np.ndarray,
+        weight: np.ndarray,
+        is_masked: np.ndarray,
+        probability: np.ndarray,
+        offset: int,
+        clean: int | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row positions that predict, target tokens, loss weights) of one noisy stream at row position `offset`.
+
+        With token shift, position i is predicted from i - 1; position 0 of the row never is. `clean` is the row
+        position of the clean stream when the family predicts each block's first token from the clean token before.
+        """
+        family = self.family
+        position = np.flatnonzero(is_masked)
+        if family.token_shift:
+            position = position[position > 0]
+        loss = weight[position].astype(np.float64)
+        if family.loss_weight == "inverse_p":
+            loss = loss / probability[position]
+        source = offset + position - int(family.token_shift)
+        if family.seed_loss_weight is not None and clean is not None:
+            first = np.arange(family.block_size, len(tokens), family.block_size)
+            first = first[weight[first] > 0]
+            source = np.concatenate([source, clean + first - 1])
+            position = np.concatenate([position, first])
+            loss = np.concatenate([loss, family.seed_loss_weight * weight[first]])
+        return source, tokens[position], loss.astype(np.float32)
+
+    def _sample_blocks(self, is_counted: np.ndarray, row: int) -> dict[str, np.ndarray]:
+        """Blocks of this step's attention alignment, without repetition; fewer where fewer count."""
+        generator = noise_generator(self.seed, row, BLOCK_DRAW)
+        any_view = is_counted.any(axis=0)
+        order = generator.permutation(len(any_view))
+        order = order[np.argsort(~any_view[order], kind="stable")]  # counted blocks first, in random order
+        blocks = np.resize(order, self.sampled_blocks)
+        is_new = np.arange(self.sampled_blocks) < len(order)
+        return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks] & is_new}
+
+
+def _differing_blocks(start: np.ndarray, later: np.ndarray, block_size: int) -> np.ndarray:
+    """(blocks,) bool: blocks after the first whose later step differs from their all-[MASK] step."""
+    differs = (start != later).reshape(-1, block_size).any(axis=1)
+    differs[0] = False  # the first block has no prefix to choose from
+    return differs
+
+
+def _named(kind: str, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    names = (f"{kind}_from", f"{kind}_target", f"{kind}_weight")
+    if not parts:
+        return dict(zip(names, (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)), strict=True))
+    return {name: np.concatenate([p[i] for p in parts]) for i, name in enumerate(names)}
+
+
+def _flat(positions: list[np.ndarray], total: int) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([p + i * total for i, p in enumerate(positions)]).astype(np.int64))

@@ -1,0 +1,102 @@
+"""The Python surface: load a block-diffusion LM, read its logits, write text with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mage_tune.backbone import Backbone, hidden_states, load_backbone, output_head, read_family
+from mage_tune.families import Family
+from mage_tune.streams import RowStreams, StreamAttention
+
+if TYPE_CHECKING:
+    from mage_tune.decode.generate import Generation
+
+
+class BlockDiffusionLM:
+    """A block-diffusion language model: `model` (transformers or PEFT), `tokenizer` or None, `family`."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any | None, family: Family) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.family = family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of clean tokens under the block-causal mask.
+
+        Args:
+            input_ids: (batch, n) int64, n a whole number of blocks.
+
+        Returns:
+            (batch, n, vocab) as the output head gives them, without any token shift.
+
+        Raises:
+            ValueError: n is not a whole number of blocks.
+        """
+        input_ids = input_ids.to(self.device)
+        batch, length = input_ids.shape
+        streams = RowStreams(length, self.family.block_size, noisy=0)
+        positions = torch.arange(length, device=self.device).expand(batch, -1)
+        hidden = hidden_states(self.model, input_ids, positions, StreamAttention(streams).attend)
+        return output_head(self.model)(hidden)
+
+    def generate(self, prompt: Any, **options: Any) -> Generation:
+        """Write a continuation block by block; see `mage_tune.decode.generate.generate` for the options."""
+        from mage_tune.decode.generate import generate
+
+        return generate(self, prompt, **options)
+
+
+def load(
+    path: str | Path,
+    family: str | None = None,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    block_size: int | None = None,
+    mask_id: int | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int | None = None,
+) -> BlockDiffusionLM:
+    """Load a block-diffusion LM as published: a Hub-style folder or a Hub id, with or without an adapter.
+
+    Args:
+        path: checkpoint folder or Hub id.
+        family: "fast_dllm_v2", "sdar" or "converted"; guessed from config.json, or from the adapter, when None.
+        adapter: adapter folder or Hub id, attached unmerged.
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", ...
+        revision: Hub revision of the checkpoint.
+        block_size, mask_id, stop_ids, pad_id: facts that hub configs may omit.
+
+    Raises:
+        ValueError: the family or one of its facts cannot be told.
+        OSError: no such folder or repository.
+    """
+    facts: dict[str, Any] = dict(block_size=block_size, mask_id=mask_id, stop_ids=stop_ids, pad_id=pad_id)
+    record: str | Family | None = family
+    known = read_family(adapter) if adapter is not None and family is None else None
+    if known is not None:
+        record = known[0]
+    backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
+    return from_backbone(backbone, adapter)
+
+
+def from_backbone(backbone: Backbone, adapter: str | Path | None = None) -> BlockDiffusionLM:
+    """Wrap a loaded backbone, with an adapter attached when one is named."""
+    model: nn.Module = backbone.model
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(backbone.model, str(adapter)).eval()
+    return BlockDiffusionLM(model, backbone.tokenizer, backbone.family)

@@ -1,0 +1,126 @@
+"""The terms of the loss, as pure functions of tensors.
+
+Every function returns a *sum* over its items (tokens or blocks); the trainer divides by the number of items of the
+whole optimizer step, so that gradient accumulation and several GPUs change nothing.
+
+    diffusion            sum_i w_i * CE(logits_i, token_i)                             the family's own loss
+    query_alignment      sum_j mean_h dist(qbar_jh at all-[MASK], sg[qbar_jh later])   ours
+    attention_alignment  sum_j mean_h KL(p_jh later || p_jh at all-[MASK])             ours
+    sparse_distillation  sum_i w_i * CE_i + lambda * sum_i KL(teacher_i || student_i)  MAGE v1 (arXiv 2602.14209v1)
+
+j runs over blocks, h over KV heads; qbar is the post-RoPE query averaged over the block's positions and the group's
+heads, p the attention over the prefix averaged over the same rows, sg a stop-gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden rows (n, hidden) -> logits (n, vocab)."""
+
+
+def cross_entropy_sum(hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, chunk: int = 4096) -> Tensor:
+    """Weighted cross-entropy of the chosen rows, without ever holding all logits.
+
+    Args:
+        hidden: (n, hidden) rows that predict.
+        head: output projection.
+        targets: (n,) int64.
+        weights: (n,) float32.
+        chunk: rows projected at once; logits of a chunk are recomputed in the backward pass.
+
+    Returns:
+        Scalar float32: sum of weight * cross-entropy.
+    """
+
+    def part(rows: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return (F.cross_entropy(head(rows).float(), target, reduction="none") * weight).sum()
+
+    return _sum_in_chunks(part, chunk, hidden, targets, weights)
+
+
+def kl_sum(
+    student: Tensor, teacher: Tensor, head: Head, weights: Tensor, *, teacher_first: bool = True, chunk: int = 4096
+) -> Tensor:
+    """KL divergence between next-token distributions of two sets of hidden rows.
+
+    Args:
+        student, teacher: (n, hidden); no gradient flows to the teacher.
+        head: output projection, shared (the head carries no adapter).
+        weights: (n,) float32.
+        teacher_first: KL(teacher || student), which covers the teacher's modes; else KL(student || teacher).
+
+    Returns:
+        Scalar float32: sum of weight * KL in nats.
+    """
+
+    def part(student_rows: Tensor, teacher_rows: Tensor, weight: Tensor) -> Tensor:
+        log_student = head(student_rows).float().log_softmax(-1)
+        with torch.no_grad():
+            log_teacher = head(teacher_rows).float().log_softmax(-1)
+        first, second = (log_teacher, log_student) if teacher_first else (log_student, log_teacher)
+        return ((first.exp() * (first - second)).sum(-1) * weight).sum()
+
+    return _sum_in_chunks(part, chunk, student, teacher.detach(), weights)
+
+
+def _sum_in_chunks(part: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Tensor:
+    total = torch.zeros((), device=rows[0].device)
+    for start in range(0, rows[0].shape[0], chunk):
+        piece = [r[start : start + chunk] for r in rows]
+        total = total + checkpoint(part, *piece, use_reentrant=False)
+    return total
+
+
+def block_mean_queries(rows: Tensor) -> Tensor:
+    """(batch, KV heads, blocks, R, D) packed queries -> their float32 mean (batch, KV heads, blocks, D)."""
+    return rows.float().mean(dim=-2)
+
+
+def query_alignment_sum(at_mask: Tensor, later: Tensor, is_counted: Tensor, distance: str = "cosine") -> Tensor:
+    """Distance between block-average queries at the all-[MASK] step and at a later step.
+
+    Args:
+        at_mask: (batch, KV heads, blocks, D); carries the gradient.
+        later: same shape; the target, no gradient.
+        is_counted: (batch, blocks) bool.
+        distance: "cosine" (1 - cosine) or "squared" (squared error / squared norm of the target).
+
+    Returns:
+        Scalar: sum over counted blocks of the mean over KV heads.
+    """
+    later = later.detach()
+    if distance == "cosine":
+        apart = 1.0 - F.cosine_similarity(at_mask, later, dim=-1)
+    elif distance == "squared":
+        apart = (at_mask - later).square().sum(-1) / later.square().sum(-1).clamp_min(1e-12)
+    else:
+        raise ValueError(f"unknown distance {distance!r}: cosine or squared")
+    return (apart.mean(dim=1) * is_counted).sum()
+
+
+def attention_alignment_sum(
+    at_mask: Tensor, later: Tensor, is_counted: Tensor, *, later_first: bool = True, floor: float = 1e-8
+) -> Tensor:
+    """KL between the block's mean attention over the prefix at a later step and at the all-[MASK] step.
+
+    Args:
+        at_mask, later: (batch, KV heads, blocks, N) probabilities over the prefix, zero outside it; `later` is the
+            target, no gradient.
+        is_counted: (batch, blocks) bool; a counted block has a prefix.
+        later_first: KL(later || all-mask): all-[MASK] attention must cover every key that matters later. Else reversed.
+        floor: added inside the logarithms, so that keys outside the prefix count for nothing.
+
+    Returns:
+        Scalar: sum over counted blocks of the mean over KV heads, in nats.
+    """
+    later = later.detach()
+    first, second = (later, at_mask) if later_first else (at_mask, later)
+    divergence = (first * ((first + floor).log() - (second + floor).log())).sum(-1)
+    return (divergence.mean(dim=1) * is_counted).sum()

@@ -1,0 +1,82 @@
+"""Progress of a training run: a live bar with ETA on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between two lines when the output is not a terminal."""
+
+
+class ProgressReporter(TrainerCallback):
+    """Shows step, loss, terms, speed and time left; only on the main process."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.started = 0.0
+        self.first_step = 0
+        self.last_line = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, line="")
+            self.bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Update the bar, or print a line now and then."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        line = summary(logs)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, line=line)
+            return
+        now = time.perf_counter()
+        if now - self.last_line >= PLAIN_EVERY_S or state.global_step == state.max_steps:
+            done = state.global_step - self.first_step
+            left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+            self.console.print(f"step {state.global_step}/{state.max_steps} · {line} · {clock(left)} left")
+            self.last_line = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def summary(logs: dict[str, Any]) -> str:
+    """One line of a log record: loss, its terms, gradient norm, speed, memory."""
+    terms = [name for name in ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation") if name in logs]
+    parts = [f"loss {logs['loss']:.4f}"]
+    if len(terms) > 1:
+        parts += [f"{name} {logs[name]:.4f}" for name in terms]
+    parts += [f"grad {logs.get('grad_norm', float('nan')):.2f}", f"{logs['tokens_per_s']:.0f} tok/s"]
+    if "peak_gib" in logs:
+        parts.append(f"{logs['peak_gib']:.1f} GiB")
+    return " · ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
