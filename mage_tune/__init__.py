@@ -1,1 +1,27 @@
+"""mage_tune: mask-guided fine-tuning of block-diffusion language models.
+
+    import mage_tune
+    lm = mage_tune.load("models/smollm2-135m-diffusion")
+
+Importing the package loads neither torch nor triton nor trl; `load` and `BlockDiffusionLM` load torch when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mage_tune.lm import BlockDiffusionLM, load
+
 __version__ = "0.1.0"
+__all__ = ["BlockDiffusionLM", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "BlockDiffusionLM"):
+        from mage_tune import lm
+
+        return getattr(lm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

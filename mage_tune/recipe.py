@@ -1,220 +1,508 @@
-"""The recipe: what one run does, as data. This is the only reader of YAML.
+"""The recipe: what one run does, as data. This is the only reader of YAML; recipe_schema.py says what it may hold.
 
-A recipe is a YAML file read once into the frozen models below. A key that is not here, a duplicate key, a wrong type or
-a contradiction stops the run before anything is loaded, with one line that names file, line and key.
-Relative paths inside a recipe are resolved against the recipe's own folder; `output` against the current directory.
+A key that is not in the schema, a duplicate key, a wrong type or a contradiction stops the run before anything is
+loaded, with one line that names file, line, key and the fix.
+
+    recipe = load_recipe("recipes/debug.yaml", ["train.steps=20", "data.sources.0.path=my.jsonl"])
+
+Relative paths inside a recipe (model.path, data.sources[].path, eval.text, adapter.init_from) mean a file beside the
+recipe if there is one, else one in the current directory; anything else is kept as given, as it may be a Hub id, except
+that ./ and ../ always mean a path. In an override they mean the current directory alone, as on any command line, and so
+does `output` everywhere.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.reader import ReaderError
 
-Weight = Annotated[float, Field(ge=0.0)]
+from mage_tune.recipe_schema import (
+    PATH,
+    Adapter,
+    ChatSource,
+    Data,
+    Eval,
+    Model,
+    Objective,
+    RandomWeights,
+    Recipe,
+    RetrievalSource,
+    Section,
+    TextSource,
+    Train,
+)
+
+__all__ = [
+    "Adapter",
+    "ChatSource",
+    "Data",
+    "Eval",
+    "Model",
+    "Objective",
+    "RandomWeights",
+    "Recipe",
+    "RecipeError",
+    "RetrievalSource",
+    "TextSource",
+    "Train",
+    "json_schema",
+    "load_recipe",
+    "override_section",
+    "resolved_yaml",
+]
 
 
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+class RecipeError(ValueError):
+    """What is wrong with a recipe, in one line for the person who wrote it."""
 
 
-class RandomWeights(Section):
-    """Shape of a randomly initialised model, for tests and measurements; every output says so."""
-
-    architecture: Literal["llama", "qwen2", "qwen3"] = Field("llama", description="Native transformers architecture.")
-    vocab_size: int = Field(256, ge=8, description="Size of the vocabulary in tokens.")
-    hidden_size: int = Field(64, ge=8, description="Width of the residual stream.")
-    intermediate_size: int = Field(128, ge=8, description="Width of the feed-forward layer.")
-    num_layers: int = Field(4, ge=1, description="Number of decoder layers.")
-    num_heads: int = Field(4, ge=1, description="Number of query heads.")
-    num_kv_heads: int = Field(2, ge=1, description="Number of key/value heads; must divide num_heads.")
-    head_dim: int | None = Field(None, ge=2, description="Size of a head; hidden_size / num_heads when left out.")
-    tie_embeddings: bool = Field(True, description="Whether the output head shares the embedding's weights.")
-    max_positions: int = Field(32768, ge=32, description="Longest context in tokens.")
+KeyPath = tuple[str | int, ...]
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
-class Model(Section):
-    """The block-diffusion model that is fine-tuned."""
+class _Parsed(NamedTuple):
+    """A recipe as plain dicts and lists, and where each of its keys was written (`FILE:LINE` or `--set KEY=VALUE`)."""
 
-    path: str | None = Field(None, description="Folder or Hub id of the checkpoint; left out with random_weights.")
-    revision: str | None = Field(None, description="Hub revision of the checkpoint.")
-    family: Literal["fast_dllm_v2", "sdar", "converted"] | None = Field(
-        None, description="Block-diffusion family; guessed from the checkpoint's config when left out."
+    tree: dict[str, Any]
+    places: dict[KeyPath, str]
+
+    def place(self, path: KeyPath) -> str:
+        """Where `path`, or the section that lacks it, was written."""
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
+
+    def error(self, path: KeyPath, problem: str) -> RecipeError:
+        """The one line for the person."""
+        return RecipeError(f"{self.place(path)}: key '{_dotted(path)}': {problem}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=c`, applied in order before anything is checked; c is YAML, list items go by index
+            (`data.sources.0.path=x.jsonl`).
+
+    Raises:
+        RecipeError: one line with file, line, key, what is wrong and the fix.
+    """
+    parsed = _parse(_read_text(Path(path)), str(path))
+    for override in overrides:
+        _apply(parsed, override)
+    return _validate(Recipe, parsed, Path(path).resolve().parent)
+
+
+def override_section(section: SomeSection, overrides: Sequence[str]) -> SomeSection:
+    """A section that is already there (a run's `eval`, say) with `key=value` or `eval.key=value` overrides.
+
+    Raises:
+        RecipeError: as `load_recipe` does.
+    """
+    parsed = _Parsed(section.model_dump(), {(): f"[{type(section).__name__.lower()}]"})
+    for override in overrides:
+        _apply(parsed, override.removeprefix(f"{type(section).__name__.lower()}."))
+    return _validate(type(section), parsed, Path.cwd())
+
+
+def _validate(schema: type[SomeSection], parsed: _Parsed, folder: Path) -> SomeSection:
+    _check_keys(parsed, schema)
+    _resolve_paths(parsed, schema, folder)
+    try:
+        return schema.model_validate(parsed.tree)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0], parsed, schema) from None
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; it loads again to an equal recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors and other tools."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+
+
+def _read_text(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        siblings = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, siblings, n=1, cutoff=0.5)
+        hint = f"did you mean '{file.parent / near[0]}'?" if near else "`mage-tune recipes list` shows the shipped ones"
+        raise RecipeError(f"{file}: no such recipe; {hint}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{file}: a folder; name the .yaml file inside it") from None
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{file}:{line}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _parse(text: str, file: str) -> _Parsed:
+    places: dict[KeyPath, str] = {(): f"{file}:1"}
+    node = _compose(text, lambda line: f"{file}:{line}")
+    if node is None:
+        raise RecipeError(f"{file}: empty; start from a shipped one, `mage-tune recipes copy debug`")
+    tree = _plain(node, (), places, file)
+    if not isinstance(tree, dict):
+        got = "a list" if isinstance(tree, list) else "a single value"
+        raise RecipeError(f"{file}:1: {got} at the top; a recipe is keys there: {', '.join(Recipe.model_fields)}")
+    return _Parsed(tree, places)
+
+
+def _compose(text: str, place: Callable[[int], str]) -> Node | None:
+    """The YAML node tree of `text`; `place` turns a line number into the place an error names."""
+    try:
+        return YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        lines = text.splitlines()
+        line = min(error.problem_mark.line, len(lines) - 1) if error.problem_mark else 0
+        indent = re.match(r"\s*", lines[line])
+        fix = "check indentation, colons, brackets and quotes here"
+        if indent and "\t" in indent[0]:
+            fix = "indent with spaces, not tabs"
+        problem = error.problem or error.context
+        raise RecipeError(f"{place(line + 1)}: not valid YAML: {problem}; {fix}") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{place(line)}: not valid YAML: a control character; remove it") from None
+    except RecursionError:
+        raise RecipeError(f"{place(1)}: nested too deeply; a recipe has four levels") from None
+
+
+def _plain(node: Node, path: KeyPath, places: dict[KeyPath, str], file: str) -> Any:
+    """The value of a YAML node as plain Python; notes in `places` where every key stands."""
+
+    def error(at: Node, problem: str) -> RecipeError:
+        where = f"key '{_dotted(path)}': " if path else ""
+        return RecipeError(f"{file}:{at.start_mark.line + 1}: {where}{problem}")
+
+    if len(path) > 16:
+        raise error(node, "nested too deeply; a recipe has four levels")
+    if isinstance(node, ScalarNode):
+        return _scalar(node, error)
+    if not isinstance(node, MappingNode):
+        for index, item in enumerate(node.value):
+            places[*path, index] = f"{file}:{item.start_mark.line + 1}"
+        return [_plain(item, (*path, index), places, file) for index, item in enumerate(node.value)]
+    tree: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, ScalarNode):
+            raise error(key_node, "a key must be a word, not a list or section; quote it or rename it")
+        key = str(key_node.value)
+        inner = (*path, key)
+        if key in tree:
+            raise RecipeError(
+                f"{file}:{key_node.start_mark.line + 1}: key '{_dotted(inner)}': duplicate key, "
+                f"first at line {places[inner].rpartition(':')[2]}; remove one of the two"
+            )
+        places[inner] = f"{file}:{key_node.start_mark.line + 1}"
+        tree[key] = _plain(value_node, inner, places, file)
+    return tree
+
+
+def _scalar(node: ScalarNode, error: Callable[[Node, str], RecipeError]) -> Any:
+    kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+    if kind == "timestamp":  # nothing in a recipe is a date; a name may look like one
+        return str(node.value)
+    try:
+        return YAML(typ="safe", pure=True).constructor.construct_object(node)
+    except (YAMLError, ValueError):
+        raise error(
+            node, f"'{kind}' is not a value a recipe can hold; write text, a number, true, false or null"
+        ) from None
+
+
+def _apply(parsed: _Parsed, override: str) -> None:
+    """Set one `a.b=c` in the tree.
+
+    Raises:
+        RecipeError: it cannot be read, or points into something that is no section.
+    """
+    place = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    keys: list[str | int] = [int(k) if k.isdecimal() else k for k in re.sub(r"\[(\d+)\]", r".\1", dotted).split(".")]
+    if not equals or "" in keys:
+        raise RecipeError(f"{place}: not of the form KEY=VALUE; write for example train.steps=100")
+    node = _compose(text, lambda line: place)
+    value = None if node is None else _plain(node, (), {}, place)
+    here: Any = parsed.tree
+    for depth, key in enumerate(keys):
+        path = tuple(keys[: depth + 1])
+        if isinstance(here, list):
+            if not isinstance(key, int) or key >= len(here):
+                raise RecipeError(
+                    f"{place}: key '{_dotted(path)}': a list of {len(here)}; name an item by index, 0 to {len(here) - 1}"
+                )
+        elif not isinstance(here, dict) or not isinstance(key, str):
+            raise RecipeError(f"{place}: key '{_dotted(path[:-1])}': holds no keys; name the key itself")
+        elif depth < len(keys) - 1 and here.get(key) is None:
+            here[key] = {}
+            parsed.places[path] = place
+        if depth < len(keys) - 1:
+            here = here[key]
+    here[keys[-1]] = value
+    inside = tuple(keys)
+    for path in [p for p in parsed.places if p[: len(inside)] == inside]:
+        del parsed.places[path]
+    parsed.places[inside] = place
+
+
+class _Found(NamedTuple):
+    """One key of a recipe as written, and the field it stands for (None: there is no such field)."""
+
+    section: dict[str, Any]
+    path: KeyPath
+    field: FieldInfo | None
+    siblings: list[str]
+
+
+def _walk(sections: Sequence[type[Section]], tree: Any, path: KeyPath = ()) -> Iterator[_Found]:
+    """Every key of a parsed recipe in the order of the file, whether valid or not."""
+    if not isinstance(tree, dict):
+        return
+    sections = _of_kind(sections, tree)
+    fields = {name: field for section in sections for name, field in section.model_fields.items()}
+    for key, value in list(tree.items()):
+        field = fields.get(key)
+        yield _Found(tree, (*path, key), field, list(fields))
+        inner = _sections(field.annotation) if field else []
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from _walk(inner, item, (*path, key, index))
+        elif inner:
+            yield from _walk(inner, value, (*path, key))
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type mentions: one, the kinds of a source, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _of_kind(sections: Sequence[type[Section]], tree: dict[str, Any]) -> Sequence[type[Section]]:
+    """Of the kinds of a source, the one that `kind` names; all of them when it names none."""
+    named = [
+        s
+        for s in sections
+        if "kind" in s.model_fields and tree.get("kind") in get_args(s.model_fields["kind"].annotation)
+    ]
+    return named or sections
+
+
+def _all_keys(sections: Sequence[type[Section]] = (), prefix: str = "") -> Iterator[str]:
+    """Every valid dotted key, list items as `[0]`."""
+    for section in sections or (Recipe,):
+        for name, field in section.model_fields.items():
+            yield prefix + name
+            inner = _sections(field.annotation)
+            if inner:
+                yield from _all_keys(inner, f"{prefix}{name}{'[0]' if len(inner) > 1 else ''}.")
+
+
+def _check_keys(parsed: _Parsed, schema: type[Section]) -> None:
+    """Refuse unknown keys, naming the nearest valid one.
+
+    Raises:
+        RecipeError: see above.
+    """
+    for found in _walk([schema], parsed.tree):
+        if found.field is None:
+            near = _nearest(found.path, found.siblings)
+            hint = f"did you mean '{near}'? Rename or remove it" if near else f"valid here: {', '.join(found.siblings)}"
+            if "." in str(found.path[-1]):
+                hint = "dots are for --set; in a file write a key inside its section"
+            raise parsed.error(found.path, f"unknown key; {hint}")
+
+
+_ELSEWHERE = {
+    "lr": "train.learning_rate",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "batch_size": "train.rows",
+    "per_device_train_batch_size": "train.rows",
+    "micro_batch_size": "train.rows",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_checkpointing": "train.checkpointing",
+    "lr_scheduler_type": "train.schedule",
+    "warmup": "train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "resume_from_checkpoint": "train.resume",
+    "lora": "adapter",
+    "peft": "adapter",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target": "adapter.targets",
+    "max_length": "data.length",
+    "max_seq_length": "data.length",
+    "sequence_len": "data.length",
+    "cutoff_len": "data.length",
+    "dataset": "data.sources",
+    "datasets": "data.sources",
+    "output_dir": "output",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "torch_dtype": "model.dtype",
+}
+"""What people used to other toolkits write, and what it is called here."""
+
+
+def _nearest(path: KeyPath, siblings: list[str]) -> str | None:
+    """The dotted key that was probably meant by the unknown one at `path`."""
+    wrong = str(path[-1])
+    beside = [key for key in siblings if _is_one_edit_apart(wrong, key)]
+    if not beside and wrong in _ELSEWHERE:
+        return _ELSEWHERE[wrong]
+    beside = beside or difflib.get_close_matches(wrong, siblings, n=1)
+    if beside:
+        return _dotted((*path[:-1], beside[0]))
+    names: dict[str, list[str]] = {}
+    for key in _all_keys():
+        names.setdefault(key.rpartition(".")[2], []).append(key)
+    elsewhere = difflib.get_close_matches(wrong, names, n=1, cutoff=0.8)
+    return max(names[elsewhere[0]], key=lambda key: _likeness(key, _dotted(path))) if elsewhere else None
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _is_one_edit_apart(one: str, other: str) -> bool:
+    """Whether a single letter added, left out or replaced makes one the other."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    rest, goal = one[same:], other[same:]
+    return rest[1:] == goal or rest == goal[1:] or rest[1:] == goal[1:]
+
+
+def _resolve_paths(parsed: _Parsed, schema: type[Section], folder: Path) -> None:
+    """Make local paths absolute by the rule in the module's docstring."""
+    for found in _walk([schema], parsed.tree):
+        key = str(found.path[-1])
+        value = found.section[key]
+        if found.field is not None and found.field.json_schema_extra == PATH and isinstance(value, str) and value:
+            is_typed = parsed.place(found.path).startswith("--set ")
+            found.section[key] = _local(value, [Path.cwd()] if is_typed else [folder, Path.cwd()])
+
+
+def _local(value: str, folders: list[Path]) -> str:
+    """`value` as an absolute path if it is there in one of the folders, or can only be a path; else as given."""
+    value = os.path.expanduser(value)
+    places = [os.path.normpath(folder / value) for folder in folders]
+    for place in places:
+        if os.path.exists(place) or (glob.has_magic(place) and any(glob.iglob(place, recursive=True))):
+            return place
+    return places[0] if value.startswith(("./", "../")) else value
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text, in quotes",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+}
+
+
+def _explain(error: ErrorDetails, parsed: _Parsed, schema: type[Section]) -> RecipeError:
+    """The one line for a pydantic error."""
+    kind, context = error["type"], error.get("ctx", {})
+    path = _written_path(error["loc"])
+    if kind == "contradiction":
+        return parsed.error((*path, *context["key"].split(".")), context["reason"])
+    if kind == "union_tag_not_found":
+        return parsed.error((*path, "kind"), "required key is missing; add it (text, chat or retrieval)")
+    if kind == "union_tag_invalid":
+        path, context, got = (*path, "kind"), {"expected": context["expected_tags"]}, context["tag"]
+    elif kind == "missing":
+        if isinstance(path[-1], int):
+            return parsed.error(path[:-1], f"got {len(error['input'])} value; write two")
+        return parsed.error(path, f"required key is missing; add it ({_description(path, parsed.tree, schema)})")
+    else:
+        got = error["input"]
+    if "expected" in context:
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        near = difflib.get_close_matches(str(got), choices, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return parsed.error(path, f"unknown value {_show(got)}; {hint}Write one of {', '.join(choices)}")
+    if kind in _WANTED:
+        return parsed.error(path, f"wrong type: got {_show(got)}; write {_WANTED[kind]}")
+    if kind == "string_pattern_mismatch":
+        return parsed.error(path, f"got {_show(got)}; write another ({_description(path, parsed.tree, schema)})")
+    message = error["msg"].replace("Input should", "it should").replace("String should", "it should")
+    return parsed.error(path, f"got {_show(got)}; {message[0].lower()}{message[1:]}")
+
+
+def _written_path(loc: tuple[str | int, ...]) -> KeyPath:
+    """A pydantic location without the tag it inserts after the index of a source."""
+    return tuple(
+        part
+        for i, part in enumerate(loc)
+        if i == 0 or not (isinstance(part, str) and loc[i - 2 : i - 1] == ("sources",))
     )
-    block_size: int | None = Field(None, ge=1, description="Tokens per block; the family's or checkpoint's by default.")
-    mask_id: int | None = Field(None, ge=0, description="Id of the mask token; the family's or checkpoint's by default.")
-    stop_ids: list[int] | None = Field(None, description="Ids that end an answer; the family's by default.")
-    pad_id: int | None = Field(None, ge=0, description="Id that fills rows; never a stop id. The family's by default.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision the frozen weights are held in; auto is bfloat16 on a GPU, else float32."
-    )
-    random_weights: RandomWeights | None = Field(None, description="Train a random model of this shape instead.")
 
 
-class TextSource(Section):
-    """Plain text, cut into rows of whole length; documents are joined by the stop token."""
-
-    kind: Literal["text"]
-    path: str = Field(description="JSONL, Parquet or .txt file, a glob of them, an .npy file of token ids, or a Hub id.")
-    share: float = Field(1.0, gt=0, description="Share of the training rows drawn from this source.")
-    split: str = Field("train", description="Split, when the path is a Hub dataset id.")
-    field: str = Field("text", description="Record field that holds the text.")
-    streaming: bool = Field(False, description="Read sequentially without loading everything (large Hub datasets).")
-
-
-class ChatSource(Section):
-    """Conversations: `messages` records or prompt/completion pairs; only the answers are supervised."""
-
-    kind: Literal["chat"]
-    path: str = Field(description="JSONL or Parquet file, a glob of them, or a Hub dataset id.")
-    share: float = Field(1.0, gt=0, description="Share of the training rows drawn from this source.")
-    split: str = Field("train", description="Split, when the path is a Hub dataset id.")
-    streaming: bool = Field(False, description="Read sequentially without loading everything (large Hub datasets).")
-    overlong: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="What happens to a conversation longer than data.length."
-    )
+def _description(path: KeyPath, tree: dict[str, Any], schema: type[Section]) -> str:
+    """The schema's sentence about a missing key."""
+    sections: Sequence[type[Section]] = [schema]
+    here: Any = tree
+    for part in path[:-1]:
+        here = here[part]
+        if isinstance(part, str):
+            sections = [s for section in sections for s in _sections(section.model_fields[part].annotation)]
+        if isinstance(here, dict):
+            sections = _of_kind(sections, here)
+    fields = [section.model_fields[str(path[-1])] for section in sections if path[-1] in section.model_fields]
+    return (fields[0].description or "").rstrip(".")
 
 
-class RetrievalSource(Section):
-    """Synthetic retrieval: needles scattered in text, then chat turns asking for some of them."""
-
-    kind: Literal["retrieval"]
-    path: str = Field(description="Text the needles are scattered in; same forms as a text source.")
-    share: float = Field(1.0, gt=0, description="Share of the training rows drawn from this source.")
-    field: str = Field("text", description="Record field that holds the text.")
-    seed: int = Field(0, ge=0, description="Seed of keys, values, depths and questions, apart from the run's seed.")
-    needles: tuple[int, int] = Field((4, 24), description="Fewest and most needles in one row.")
-    questions: tuple[int, int] = Field((1, 6), description="Fewest and most chat turns asking for needles.")
-    answer_weight: Weight = Field(4.3, description="Loss weight of the tokens of the answers.")
-    other_weight: Weight = Field(0.3, description="Loss weight of all other tokens of such a row.")
+def _dotted(path: KeyPath) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-Source = Annotated[TextSource | ChatSource | RetrievalSource, Field(discriminator="kind")]
-
-
-class Data(Section):
-    """Where training rows come from."""
-
-    length: int = Field(2048, ge=1, description="Tokens per row and stream; a whole number of blocks.")
-    sources: list[Source] = Field(min_length=1, description="Mixed by their shares, row by row.")
-    workers: int = Field(0, ge=0, description="Data-loading processes beside the trainer.")
-
-
-class Adapter(Section):
-    """The LoRA adapter that is trained."""
-
-    rank: int = Field(32, ge=1, description="LoRA rank.")
-    alpha: float = Field(64.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: list[str] | None = Field(None, description="Linear layers that get an adapter; the family's by default.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
-    dora: bool = Field(False, description="Weight-decomposed LoRA.")
-    train_mask_embedding: bool = Field(False, description="Also train the mask token's embedding row (conversion).")
-    init_from: str | None = Field(None, description="Adapter folder to start from instead of a fresh one.")
-
-
-class DiffusionTerm(Section):
-    """The family's own denoising loss on the noisy stream."""
-
-    weight: Weight = Field(1.0, description="Weight of this term in the loss.")
-
-
-class QueryAlignment(Section):
-    """Block-average queries of the all-[MASK] stream are drawn to those of the later step."""
-
-    weight: Weight = Field(0.0, description="Weight of this term in the loss.")
-    distance: Literal["cosine", "squared"] = Field(
-        "cosine", description="1 - cosine, or squared error relative to the target's squared norm."
-    )
-    skip_layers: int = Field(2, ge=0, description="First layers left out, as they stay dense in decoding.")
-
-
-class AttentionAlignment(Section):
-    """The all-[MASK] stream's mean attention over the prefix is drawn to that of the later step."""
-
-    weight: Weight = Field(0.0, description="Weight of this term in the loss.")
-    blocks: int = Field(8, ge=1, description="Blocks sampled per row and step.")
-    direction: Literal["later_to_mask", "mask_to_later"] = Field(
-        "later_to_mask", description="KL(later || all-mask), which covers the later step's keys, or the reverse."
-    )
-    skip_layers: int = Field(2, ge=0, description="First layers left out, as they stay dense in decoding.")
-
-
-class SparseDistillation(Section):
-    """MAGE v1's fine-tuning: the noisy stream sees only the keys chosen at the all-[MASK] step; exact teacher."""
-
-    weight: Weight = Field(0.0, description="Weight of this term in the loss: cross-entropy + kl_weight * KL.")
-    budget: int | None = Field(None, ge=1, description="Keys kept per KV head; required when the weight is not 0.")
-    kl_weight: Weight = Field(1.0, description="Weight of the KL divergence beside the cross-entropy.")
-    direction: Literal["teacher_to_student", "student_to_teacher"] = Field(
-        "teacher_to_student", description="KL(teacher || student), or the reverse."
-    )
-    teacher: Literal["adapters_off", "adapters_on"] = Field(
-        "adapters_off", description="Exact teacher: the untuned base, or the model as it is now (no gradient)."
-    )
-    dense_layers: int = Field(2, ge=0, description="First layers that stay exact.")
-
-
-class Objective(Section):
-    """The loss is the weighted sum of these terms; a term of weight 0 costs nothing."""
-
-    diffusion: DiffusionTerm = Field(DiffusionTerm(), description="The family's own denoising loss.")
-    query_alignment: QueryAlignment = Field(QueryAlignment(), description="Block-average query alignment.")
-    attention_alignment: AttentionAlignment = Field(AttentionAlignment(), description="Prefix attention alignment.")
-    sparse_distillation: SparseDistillation = Field(SparseDistillation(), description="Sparse student, exact teacher.")
-
-
-class Train(Section):
-    """The optimisation."""
-
-    steps: int = Field(200, ge=1, description="Optimizer steps.")
-    rows: int = Field(1, ge=1, description="Rows per device and micro-step.")
-    accumulation: int = Field(1, ge=1, description="Micro-steps per optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
-    final_lr_share: float = Field(0.1, ge=0, le=1, description="Share of the peak learning rate left at the end.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm at which gradients are clipped.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Autocast precision of the forward pass; auto is bfloat16 on a GPU, else float32."
-    )
-    checkpointing: Literal["off", "non_reentrant", "reentrant"] = Field(
-        "off", description="Recompute activations in the backward pass; reentrant loses alignment gradients."
-    )
-    log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
-    save_every: int = Field(50, ge=1, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
-    resume: str = Field("auto", description="auto: go on where a run stopped; never: start afresh; or a checkpoint.")
-
-
-class Eval(Section):
-    """Defaults of `mage-tune eval` on this run."""
-
-    text: str | None = Field(None, description="Held-out text; same forms as a text source. None skips text probes.")
-    context: int = Field(2048, ge=1, description="Tokens of context of the text probes.")
-    documents: int = Field(16, ge=1, description="Held-out windows probed.")
-    blocks: int = Field(8, ge=1, description="Blocks probed per window, all in its second half.")
-    budgets: list[int] = Field([16, 64, 128], min_length=1, description="Keys kept per KV head, one arm each.")
-    dense_layers: int = Field(2, ge=0, description="First layers that stay exact.")
-    needles: int = Field(13, ge=0, description="Needles in a haystack; 0 skips the needle tasks.")
-    questions: int = Field(16, ge=1, description="Questions per needle task.")
-    needle_budget: int = Field(16, ge=1, description="Keys kept per KV head in the sparse needle arm.")
-    threshold: float = Field(0.9, gt=0, le=1, description="Confidence above which a decoded token is accepted.")
-
-
-class Recipe(Section):
-    """One run, whole."""
-
-    name: str = Field(description="Name of the run.")
-    output: str | None = Field(None, description="Run folder; runs/<name> when left out.")
-    seed: int = Field(0, ge=0, description="Seed of adapter initialisation, data order and noise.")
-    model: Model = Field(description="The model.")
-    data: Data = Field(description="The data.")
-    adapter: Adapter = Field(Adapter(), description="The adapter.")
-    objective: Objective = Field(Objective(), description="The loss.")
-    train: Train = Field(Train(), description="The optimisation.")
-    eval: Eval = Field(Eval(), description="The evaluation.")
+def _show(value: Any) -> str:
+    """A value as short as an error line wants it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return "a section" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

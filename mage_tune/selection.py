@@ -6,7 +6,10 @@ positions of the block form R = G * B packed rows against that head's keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -94,3 +97,88 @@ def gather_keys(cache: Tensor, index: Tensor) -> Tensor:
     batch, num_kv_heads, blocks, kept = index.shape
     flat = index.reshape(batch, num_kv_heads, blocks * kept, 1).expand(-1, -1, -1, cache.shape[-1])
     return cache.gather(2, flat).reshape(batch, num_kv_heads, blocks, kept, cache.shape[-1])
+
+
+def mean_logit(rows: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Logit of the block-average query.
+
+    Args:
+        rows: (batch, KV heads, R, D); key: (batch, KV heads, N, D).
+
+    Returns:
+        (batch, KV heads, N) float32.
+    """
+    mean = rows.float().mean(dim=-2, keepdim=True)
+    return (mean @ key.float().transpose(-1, -2)).squeeze(-2) * scaling
+
+
+def query_votes(rows: Tensor, key: Tensor, visible: Tensor, scaling: float, budget: int) -> tuple[Tensor, Tensor]:
+    """How many of the packed rows list a key among their own `budget` best, and its mean probability (MAGE v1).
+
+    Args:
+        rows: (batch, KV heads, R, D); key: (batch, KV heads, N, D).
+        visible: bool, broadcastable to (batch, KV heads, N).
+
+    Returns:
+        votes, mean: (batch, KV heads, N) float32.
+    """
+    visible = visible.unsqueeze(-2)
+    logits = (rows.float() @ key.float().transpose(-1, -2) * scaling).masked_fill(~visible, float("-inf"))
+    probability = logits.softmax(dim=-1).nan_to_num(0.0)
+    listed = logits.topk(min(budget, key.shape[-2]), dim=-1).indices
+    votes = torch.zeros_like(logits).scatter_(-1, listed, 1.0) * visible
+    return votes.sum(dim=-2), probability.mean(dim=-2)
+
+
+def page_bound(rows: Tensor, key: Tensor, visible: Tensor, page: int) -> Tensor:
+    """Quest's score: the largest logit a page's channel-wise key bounds allow, averaged over the packed rows.
+
+    sum_d max(q_d * max_d, q_d * min_d) = max(q, 0) . max + min(q, 0) . min, so two products do it.
+
+    Args:
+        rows: (batch, KV heads, R, D); key: (batch, KV heads, N, D).
+        visible: (batch, N) bool; bounds of a page count its visible keys only.
+
+    Returns:
+        (batch, KV heads, pages) float32, unscaled; arbitrary for a page without visible keys.
+    """
+    padding = -key.shape[-2] % page
+    padded = F.pad(key.float(), (0, 0, 0, padding)).unflatten(-2, (-1, page))
+    hidden = ~F.pad(visible, (0, padding)).unflatten(-1, (-1, page))[:, None, :, :, None]
+    low = padded.masked_fill(hidden, float("inf")).amin(dim=-2)
+    high = padded.masked_fill(hidden, float("-inf")).amax(dim=-2)
+    is_empty = hidden.all(dim=-2)  # inf * 0 would be NaN
+    low, high = low.masked_fill(is_empty, 0.0), high.masked_fill(is_empty, 0.0)
+    rows = rows.float()
+    mean_up, mean_down = rows.clamp(min=0).mean(dim=-2, keepdim=True), rows.clamp(max=0).mean(dim=-2, keepdim=True)
+    return (mean_up @ high.transpose(-1, -2) + mean_down @ low.transpose(-1, -2)).squeeze(-2)
+
+
+def top_pages(
+    score: Tensor, counts: Sequence[int], page: int, lengths: Tensor, sinks: int = 0, recent: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The best pages of each row, as keys, ascending by position; a page of one key is a key.
+
+    Args:
+        score: (batch, KV heads, pages) float32, no NaN.
+        counts: pages to keep in each row.
+        page: keys per page.
+        lengths: (batch,) int64 visible keys of each row.
+        sinks, recent: first and last visible keys whose pages are kept whatever their score.
+
+    Returns:
+        index: (batch, KV heads, k) int64, k = page * the largest count; valid positions, arbitrary where not kept.
+        is_kept: (batch, KV heads, k) bool, False for slots left over, which come last.
+    """
+    pages = score.shape[-1]
+    first = torch.arange(pages, device=score.device) * page
+    is_forced = (first < sinks) | ((first + page > lengths[:, None] - recent) & (recent > 0))
+    is_empty = first >= lengths[:, None]
+    score = score.masked_fill(is_forced[:, None], float("inf")).masked_fill(is_empty[:, None], float("-inf"))
+    # A stable sort, not top-k: equal scores go by position, whatever the batch is padded to.
+    best = score.sort(dim=-1, descending=True, stable=True).indices[..., : max(counts)]
+    wanted = torch.arange(best.shape[-1], device=score.device) < torch.tensor(counts, device=score.device)[:, None]
+    index = best[..., None] * page + torch.arange(page, device=score.device)
+    is_kept = (wanted[:, None, :, None] & (index < lengths[:, None, None, None])).flatten(2)
+    order = torch.where(is_kept, index.flatten(2), pages * page).sort(dim=-1)
+    return order.values.where(order.values < pages * page, 0), order.values < pages * page

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
@@ -41,6 +38,7 @@ from mage_tune.backbone import (
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator
 from mage_tune.data.mixture import build_mixture, preview
+from mage_tune.environment import environment
 from mage_tune.objectives import (
     attention_alignment_sum,
     block_mean_queries,
@@ -88,7 +86,7 @@ class StreamLoss:
             "diffusion": batch["loss_items"],
             "query_alignment": batch["is_counted"].sum(),
             "attention_alignment": batch["is_sampled"].sum() if "is_sampled" in batch else 0,
-            "sparse_distillation": batch["loss_items"],
+            "sparse_distillation": batch.get("sparse_items", 0),
         }
         return torch.tensor([float(counts[name]) for name in self.weights], dtype=torch.float64)
 
@@ -235,11 +233,6 @@ class MageTrainer(Trainer):
         # Distributed engines average gradients over processes; the sums above are already over all of them.
         return loss * self.accelerator.num_processes
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-step, without PEFT's casts of every adapter input to float32 (autocast does what is needed)."""
-        with disable_input_dtype_casting(causal_lm_owner(model), active=self.args.bf16):
-            return super().training_step(model, *args, **kwargs)
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up, then the recipe's decay to `final_lr_share` of the peak."""
         if self.lr_scheduler is None:
@@ -263,9 +256,14 @@ class MageTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def causal_lm_owner(model: nn.Module) -> nn.Module:
-    """The PEFT model inside distributed wrappers."""
-    return model if isinstance(model, PeftModel) else getattr(model, "module", model)
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Stop LoRA layers from casting their inputs to the adapter's float32; autocast picks the precision.
+
+    (peft.helpers.disable_input_dtype_casting does the same but fails on a model with trainable token rows.)
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def learning_rate_share(schedule: Train) -> Callable[[int], float]:
@@ -420,6 +418,8 @@ def build_trainer(
         length_multiple=TILE if arguments.device.type == "cuda" else 1,
         **loss.collator_needs(),
     )
+    if arguments.bf16:
+        leave_casts_to_autocast(model)
     trainer = MageTrainer(
         model=model,
         args=arguments,
@@ -468,30 +468,6 @@ def write_facts(folder: Path, recipe: Recipe, backbone: Backbone) -> None:
     (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
     (folder / "versions.json").write_text(json.dumps(environment(), indent=2) + "\n")
     write_family(folder, backbone.family)
-
-
-def environment() -> dict[str, Any]:
-    """What a result was made with: versions, device and commit."""
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("mage_tune", *packages):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    on_gpu = torch.cuda.is_available()
-    versions["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    versions["commit"] = _commit()
-    return versions
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package, or a copy without its history
-    return found.stdout.strip()
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -58,7 +58,8 @@ class Collator:
             teacher_from: (n_sparse,) flat position of the same prediction in a batch of [noisy ; clean] rows;
             is_counted: (views, batch, blocks) bool, blocks whose all-mask and later step differ and have a prefix;
             sampled_blocks, is_sampled: (batch, sampled) block numbers and whether they count;
-            loss_items: scalar float32, what the batch's diffusion loss is divided by (the family's normaliser);
+            loss_items, sparse_items: scalar float32, what the batch's diffusion and sparse losses are divided by
+                (the family's normaliser);
             rows: (batch,) row numbers; num_tokens: scalar, data tokens before fill and streams.
         """
         length = max(round_up(len(e.input_ids), self.family.block_size) for e in examples)
@@ -72,7 +73,6 @@ class Collator:
             "position_ids": torch.arange(length).repeat(streams.total // length).expand(len(made), -1).contiguous(),
             "streams": streams,
             "rows": torch.tensor([e.row for e in examples]),
-            "loss_items": torch.tensor(sum(float(r["loss_items"]) for r in made)),
             "num_tokens": torch.tensor(sum(len(e.input_ids) for e in examples)),
             "is_counted": torch.from_numpy(np.stack([r["is_counted"] for r in made], axis=1)),
         }
@@ -82,6 +82,9 @@ class Collator:
             batch[f"{kind}_from"] = _flat([r[f"{kind}_from"] for r in made], streams.total)
             batch[f"{kind}_target"] = torch.from_numpy(np.concatenate([r[f"{kind}_target"] for r in made]))
             batch[f"{kind}_weight"] = torch.from_numpy(np.concatenate([r[f"{kind}_weight"] for r in made]))
+            batch["loss_items" if kind == "noisy" else "sparse_items"] = torch.tensor(
+                sum(float(r[f"{kind}_items"]) for r in made)
+            )
         if self.sparse_stream:  # the sparse stream starts a row, so its offsets are those of a [noisy ; clean] row
             batch["teacher_from"] = _flat([r["sparse_from"] for r in made], 2 * length)
         if self.sampled_blocks:
@@ -92,9 +95,15 @@ class Collator:
     def _row(self, example: Example, streams: RowStreams) -> dict[str, np.ndarray]:
         family, size = self.family, self.family.block_size
         tokens, weight = self._filled(example, streams.length)
+        own = round_up(len(example.input_ids), size)  # noise must not depend on how far the batch is padded
         is_masked, probability = draw_mask(
-            maskable_positions(weight, family), family.noise, size, noise_generator(self.seed, example.row, NOISE_DRAW)
+            maskable_positions(weight[:own], family),
+            family.noise,
+            size,
+            noise_generator(self.seed, example.row, NOISE_DRAW),
         )
+        is_masked = np.pad(is_masked, (0, streams.length - own))
+        probability = np.pad(probability, (0, streams.length - own), constant_values=1.0)
         supervised_but_masked = [is_masked]
         if family.complementary_views:
             supervised_but_masked.append(maskable_positions(weight, family) & ~is_masked)
@@ -113,8 +122,9 @@ class Collator:
             part = self._predictions(tokens, weight, is_masked, probability, streams.offset("sparse"), None)
             row |= _named("sparse", [part])
         # SDAR divides its 1/p-weighted sum by all supervised tokens; a uniform loss is a mean over predicted ones.
-        predicted = row["noisy_weight"] if noisy_parts else row["sparse_weight"]
-        row["loss_items"] = (weight if family.loss_weight == "inverse_p" else predicted).sum(dtype=np.float64)
+        for kind in ("noisy", "sparse")[: 1 + self.sparse_stream]:
+            counted = weight if family.loss_weight == "inverse_p" else row[f"{kind}_weight"]
+            row[f"{kind}_items"] = counted.sum(dtype=np.float64)
         row["is_counted"] = np.stack(
             [_differing_blocks(start, x, size) for x in noisy[: max(self.views, 1)]]
         )  # (views, blocks)
@@ -172,12 +182,10 @@ class Collator:
     def _sample_blocks(self, is_counted: np.ndarray, row: int) -> dict[str, np.ndarray]:
         """Blocks of this step's attention alignment, without repetition; fewer where fewer count."""
         generator = noise_generator(self.seed, row, BLOCK_DRAW)
-        any_view = is_counted.any(axis=0)
-        order = generator.permutation(len(any_view))
-        order = order[np.argsort(~any_view[order], kind="stable")]  # counted blocks first, in random order
-        blocks = np.resize(order, self.sampled_blocks)
-        is_new = np.arange(self.sampled_blocks) < len(order)
-        return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks] & is_new}
+        chosen = generator.permutation(np.flatnonzero(is_counted.any(axis=0)))[: self.sampled_blocks]
+        blocks = np.zeros(self.sampled_blocks, dtype=np.int64)  # block 0 fills up: it has no prefix and never counts
+        blocks[: len(chosen)] = chosen
+        return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks]}
 
 
 def _differing_blocks(start: np.ndarray, later: np.ndarray, block_size: int) -> np.ndarray:

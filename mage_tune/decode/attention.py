@@ -36,6 +36,8 @@ class LayerView:
     """(batch, KV heads, N, D) keys of the prefix."""
     is_visible: Tensor
     """(batch, N) bool."""
+    lengths: tuple[int, ...]
+    """Visible keys of each row."""
     scaling: float
 
 
@@ -82,7 +84,13 @@ class Selection:
 class InStepRule(Protocol):
     """A rule that chooses keys anew in every forward, layer by layer (Quest, TidalDecode, the oracle)."""
 
-    dense_layers: int
+    @property
+    def dense_layers(self) -> int:
+        """First layers that always see everything."""
+
+    @property
+    def sources_are_exact(self) -> bool:
+        """Whether a layer that chooses attends to everything itself."""
 
     def source_layer(self, layer: int) -> int:
         """The layer whose choice `layer` uses, itself or an earlier one."""
@@ -90,13 +98,10 @@ class InStepRule(Protocol):
     def choose_in_step(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """(index, is_kept), each (batch, KV heads, k), for a layer that is its own source."""
 
-    sources_are_exact: bool
-    """Whether a source layer itself attends to everything."""
-
 
 @dataclass(frozen=True)
 class Residual:
-    """Attention of a block's rows over the keys *not* selected, kept from the step that selected (FlashBlock's idea)."""
+    """Attention of a block's rows over the keys *not* selected, kept from the choosing step (FlashBlock's idea)."""
 
     out: tuple[Tensor, ...]
     """Per sparse layer (batch, KV heads, R, D) float32."""
@@ -139,7 +144,7 @@ class BlockAttention(Generic[T]):
         return unpacked_rows(out.unsqueeze(2), num_heads, size)
 
     def _view(self, layer: int, rows: Tensor, scaling: float) -> LayerView:
-        return LayerView(layer, rows, self.prefix.read(layer)[0], self.prefix.is_visible, scaling)
+        return LayerView(layer, rows, self.prefix.read(layer)[0], self.prefix.is_visible, self.prefix.lengths, scaling)
 
     def _keys_of(self, layer: int, rows: Tensor, scaling: float) -> tuple[Tensor, Tensor] | None:
         """(index, is_kept) that this layer is limited to, or None for the whole prefix."""
@@ -246,6 +251,7 @@ def observe_forward(
     return _run(model, prefix, block_ids, attention), attention.observed
 
 
+@torch.no_grad()
 def _run(model: nn.Module, prefix: Prefix, block_ids: Tensor, attention: BlockAttention[T]) -> Tensor:
     block_ids = block_ids.to(prefix.cache.keys.device)
     return hidden_states(model, block_ids, prefix.positions(block_ids.shape[1]), attention.attend)
@@ -333,6 +339,7 @@ def extend(
     return (torch.zeros(len(chosen), 0) if last is None else last), passes
 
 
+@torch.no_grad()
 def _extend_once(model: nn.Module, prefix: Prefix, parts: list[list[int]], block_size: int) -> Tensor:
     width = max(map(len, parts))
     padded = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=prefix.cache.keys.device)

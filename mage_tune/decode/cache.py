@@ -1,9 +1,9 @@
 """The prefix cache: clean keys and values of finished blocks, preallocated, one length per row.
 
-A `PrefixCache` owns the memory. A `Prefix` is how a forward pass sees it: some rows of it, each up to some length. Peeks
-(the denoising steps of a block) only read a Prefix; only `attention.extend` writes, and what lies beyond a row's length
-is never read. Several Prefixes may look at the same row, so that many blocks of one cached document can be probed in
-one batch.
+A `PrefixCache` owns the memory. A `Prefix` is how a forward pass sees it: some rows of it, each up to some length.
+Peeks (the denoising steps of a block) only read a Prefix; only `attention.extend` writes, and what lies beyond a row's
+length is never read. A row may occur several times in a Prefix, so that many blocks of one cached document can be
+probed in one batch.
 """
 
 from __future__ import annotations
@@ -64,8 +64,11 @@ class PrefixCache:
         return [len(row) for row in self.ids]
 
     def prefix(self, rows: Sequence[int] | None = None, lengths: Sequence[int] | None = None) -> Prefix:
-        """What a forward sees: the given rows (all, in order, by default; a row may occur several times), each up to the
-        given length (everything it holds by default).
+        """What a forward sees.
+
+        Args:
+            rows: rows of the cache, all in order by default; a row may occur several times.
+            lengths: of each of them the tokens seen, everything it holds by default.
 
         Raises:
             ValueError: a length exceeds what its row holds.
@@ -156,6 +159,4 @@ class Prefix:
 
     def take(self, batch_rows: Sequence[int]) -> Prefix:
         """Some rows of this prefix, by their place in it."""
-        return Prefix(
-            self.cache, tuple(self.rows[i] for i in batch_rows), tuple(self.lengths[i] for i in batch_rows)
-        )
+        return Prefix(self.cache, tuple(self.rows[i] for i in batch_rows), tuple(self.lengths[i] for i in batch_rows))

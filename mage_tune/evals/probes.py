@@ -138,7 +138,14 @@ class ProbedBlock:
 
 @torch.no_grad()
 def probe_window(
-    lm: BlockDiffusionLM, tokens: np.ndarray, window: int, *, blocks: int, budgets: Sequence[int], dense_layers: int, seed: int
+    lm: BlockDiffusionLM,
+    tokens: np.ndarray,
+    window: int,
+    *,
+    blocks: int,
+    budgets: Sequence[int],
+    dense_layers: int,
+    seed: int,
 ) -> list[ProbedBlock]:
     """Probe some blocks of one held-out window.
 
@@ -162,15 +169,15 @@ def probe_window(
     chosen = np.linspace(total // 2, total - 1, blocks).round().astype(int)
     records = []
     for block in sorted(set(chosen.tolist())):
-        variants, is_masked = block_variants(lm.family, np.asarray(tokens), block, budgets, noise_generator(seed, window, block))
-        attention = ProbeAttention(
-            recorder.keys, recorder.values, block * size, budgets, len(REVEALS), dense_layers
-        )
+        rng = noise_generator(seed, window, block)
+        variants, is_masked = block_variants(lm.family, np.asarray(tokens), block, budgets, rng)
+        attention = ProbeAttention(recorder.keys, recorder.values, block * size, budgets, len(REVEALS), dense_layers)
         batch = torch.from_numpy(variants).to(lm.device)
         at = torch.arange(block * size, (block + 1) * size, device=lm.device).expand(len(variants), -1)
         hidden = hidden_states(lm.model, batch, at, attention.attend)
         before = clean[:, block * size - 1]
-        cross_entropy = masked_cross_entropy(lm, hidden, before, torch.from_numpy(is_masked).to(lm.device), ids[0, at[0]])
+        masked = torch.from_numpy(is_masked).to(lm.device)
+        cross_entropy = masked_cross_entropy(lm, hidden, before, masked, ids[0, at[0]])
         records.append(_record(window, block, attention, cross_entropy.tolist()))
     return records
 
@@ -192,7 +199,9 @@ def block_variants(
     return np.where(is_masked, family.mask_id, truth).astype(np.int64), is_masked
 
 
-def masked_cross_entropy(lm: BlockDiffusionLM, hidden: Tensor, before: Tensor, is_masked: Tensor, truth: Tensor) -> Tensor:
+def masked_cross_entropy(
+    lm: BlockDiffusionLM, hidden: Tensor, before: Tensor, is_masked: Tensor, truth: Tensor
+) -> Tensor:
     """Mean cross-entropy of the masked tokens of every row.
 
     Args:

@@ -44,15 +44,21 @@ def guess_family(config: dict[str, Any]) -> Family:
 
 def apply_config(family: Family, config: dict[str, Any]) -> Family:
     """`family` with the facts that a checkpoint's config.json states, where it does."""
-    ours = config.get("mage_tune") or {}
     eos = config.get("eos_token_id")
-    eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    return family.with_overrides(
-        block_size=ours.get("block_size") or config.get("bd_size") or config.get("block_size"),
-        mask_id=ours.get("mask_id", config.get("mask_token_id")),
+    published = family.with_overrides(
+        block_size=config.get("bd_size") or config.get("block_size"),
+        mask_id=config.get("mask_token_id"),
         # The converted family has no ids of its own: they are the base model's.
-        stop_ids=None if family.stop_ids else tuple(ours.get("stop_ids", eos_ids)),
+        stop_ids=None if family.stop_ids else (eos,) if isinstance(eos, int) else tuple(eos or ()),
         pad_id=config.get("pad_token_id") if family.pad_id is None else None,
+    )
+    ours = config.get("mage_tune") or {}
+    stop_ids = ours.get("stop_ids")
+    return published.with_overrides(
+        block_size=ours.get("block_size"),
+        mask_id=ours.get("mask_id"),
+        stop_ids=tuple(stop_ids) if stop_ids else None,
+        pad_id=ours.get("pad_id"),
     )
 
 

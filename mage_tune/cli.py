@@ -1,0 +1,263 @@
+"""The `mage-tune` command: each verb parses, calls one function of the package, and prints.
+
+Whatever is heavy (torch, transformers) is imported inside the verb that needs it, so that --help stays quick.
+Exit codes: 0 done, 1 a bug of ours, 2 something for the user to fix (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mage_tune
+
+app = typer.Typer(
+    name="mage-tune",
+    help="Mask-guided fine-tuning of block-diffusion language models for sparse attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="The shipped recipes, and the schema of a recipe.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe; may be repeated.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code; errors for people are one line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        typer.main.get_command(app)(args=arguments, prog_name="mage-tune")
+    except SystemExit as done:
+        if done.code == 130:
+            print("interrupted", file=sys.stderr)
+        raise
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        line, code = describe_error(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """One line about an error, and the exit code: 2 when the user can do something about it, 1 when it is our bug."""
+    text = " ".join(str(error).split())
+    if "No space left" in text or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return f"the disk is full ({text}); free some space and run the same command again", 2
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+        return "out of GPU memory; lower train.rows or data.length, or set train.checkpointing=non_reentrant", 2
+    if isinstance(error, (ValueError, OSError)):
+        return text or type(error).__name__, 2
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where; please report it)", 1
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(mage_tune.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune: a recipe in, a run folder with a LoRA adapter out."""
+    from mage_tune.recipe import load_recipe, resolved_yaml
+
+    loaded = load_recipe(find_recipe(recipe), overrides or ())
+    if dry_run:
+        typer.echo(resolved_yaml(loaded), nl=False)
+        return
+    from mage_tune.trainer import train as run
+
+    folder = run(loaded)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter to compare a model with.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a key of the recipe's eval section.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Prove it: base against adapter, exact against sparse attention."""
+    from mage_tune.evals.run import evaluate as run
+
+    run(target, adapter=adapter, overrides=overrides or [])
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")] = None,
+    family: Annotated[str | None, typer.Option(help="Block-diffusion family, where the config does not tell.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block, where the config does not tell.")] = None,
+    mask_id: Annotated[int | None, typer.Option(help="Id of the mask token, where the config does not tell.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens written.", min=1)] = 128,
+    threshold: Annotated[float | None, typer.Option(help="Confidence above which a token is accepted.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most denoising steps per block.", min=1)] = None,
+    attention: Annotated[str, typer.Option(help="Who picks the keys of later steps: exact, mage, ...")] = "exact",
+    budget: Annotated[int | None, typer.Option(help="Keys kept per KV head by a sparse rule.", min=1)] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write text block by block."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("empty prompt; say something")
+    from mage_tune.lm import load
+
+    lm = load(model, adapter=adapter, family=family, block_size=block_size, mask_id=mask_id)
+    if lm.tokenizer is None:
+        raise ValueError(f"{model}: comes without a tokenizer, so it cannot read text")
+    is_chat = not raw and getattr(lm.tokenizer, "chat_template", None)
+    out = lm.generate(
+        [{"role": "user", "content": text}] if is_chat else text,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        steps=steps,
+        attention=attention,
+        budget=budget,
+    )
+    typer.echo(out.text)
+    forwards = ", ".join(f"{count} {kind}" for kind, count in out.forwards.items() if count)
+    typer.echo(f"{len(out.tokens)} tokens in {out.blocks} blocks; forwards: {forwards}", err=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Base checkpoint; the adapter's own record by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base and save a checkpoint that loads by itself."""
+    if out.exists():  # before minutes of loading
+        raise ValueError(f"{out}: exists already; choose another folder or remove it")
+    from mage_tune.backbone import merge as run
+
+    typer.echo(f"merged checkpoint written to {run(adapter, out, base)}")
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Check this machine: versions, device, disk, Hub settings, attention registration."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mage_tune.doctor import examine
+
+    findings = examine()
+    table = Table(title=f"mage_tune {mage_tune.__version__}", title_justify="left")
+    for column in ("", "what", "found"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row("[green]ok[/]" if finding.is_fine else "[red]bad[/]", finding.what, finding.found)
+    Console().print(table)
+    bad = [finding.what for finding in findings if not finding.is_fine]
+    if bad:
+        raise ValueError(f"not fit for use: {', '.join(bad)}")
+
+
+@recipes_app.command(name="list")
+def list_recipes() -> None:
+    """Names and first lines of the shipped recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    for file in shipped_recipes():
+        table.add_row(file.stem, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "))
+    Console().print(table)
+
+
+@recipes_app.command()
+def show(recipe: RecipeName) -> None:
+    """Print a recipe as shipped, comments included."""
+    typer.echo(find_recipe(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command()
+def copy(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Argument(help="Folder to copy it to.")] = Path("."),
+    debug: Debug = False,
+) -> None:
+    """Copy a shipped recipe, and the small data it comes with, to a folder of yours."""
+    from mage_tune.recipe import load_recipe
+
+    source = find_recipe(recipe)
+    home = source.resolve().parent
+    loaded = load_recipe(source)
+    named = [s.path for s in loaded.data.sources] + ([loaded.eval.text] if loaded.eval.text else [])
+    files = [source.resolve(), *dict.fromkeys(p for p in map(Path, named) if p.is_file() and p.is_relative_to(home))]
+    targets = [to / file.relative_to(home) for file in files]
+    if targets[0].exists():
+        raise ValueError(f"{targets[0]}: exists already; choose another folder or remove it")
+    for file, target in zip(files, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copy(file, target)
+        typer.echo(target)
+
+
+@recipes_app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and other tools."""
+    import json
+
+    from mage_tune.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path as it is, or a shipped recipe by its name.
+
+    A path that is not there is returned all the same; reading it says so.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    return recipes_folder() / f"{name}.yaml"
+
+
+def shipped_recipes() -> list[Path]:
+    """Every shipped recipe, by name."""
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
+def recipes_folder() -> Path:
+    """Where the recipes lie: inside an installed package, or beside it in a checkout."""
+    package = Path(mage_tune.__file__).parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The denoising forwards of one block per row: which are exact, which choose keys, which are sparse.
+
+With a rule that chooses once, a block runs
+
+    exact ... exact+choose | draft? | sparse ... sparse        (again exact+choose at each step of `reselect_at`)
+
+and with a rule that chooses every step all forwards are sparse. A batch whose prefixes all fit in the budget runs the
+exact code throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mage_tune.decode.attention import (
+    LayerView,
+    Residual,
+    Selection,
+    attention_with_log_mass,
+    block_forward,
+    observe_forward,
+)
+from mage_tune.decode.cache import Prefix
+from mage_tune.decode.rules import Observed, Rule, merge_observed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """What may be added to a rule that chooses once per block."""
+
+    refresh: Literal["draft", "union"] | None = None
+    """After the choosing step, one more exact forward on the block's argmax draft: choose from that alone ("draft"), or
+    by the larger of a key's two scores ("union"). The budget stays; the forward counts as an exact step."""
+    reselect_at: tuple[int, ...] = ()
+    """Later steps (from 0) that are exact again and choose anew."""
+    residual: bool = False
+    """Keep output and log-sum-exp of the keys not selected at the choosing step; merge them into every sparse step."""
+
+    def __post_init__(self) -> None:
+        if self.refresh not in (None, "draft", "union"):
+            raise ValueError(f"unknown refresh {self.refresh!r} (known: draft, union)")
+        if any(step < 1 for step in self.reselect_at):
+            raise ValueError(f"reselect_at {list(self.reselect_at)}: steps count from 0, and step 0 always chooses")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any lever is pulled."""
+        return self != Levers()
+
+    def settings(self) -> dict[str, Any]:
+        """Every lever, for results."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a choosing forward leaves behind."""
+
+    selection: Selection
+    residual: Residual | None
+    observed: list[Observed]
+    """What it was chosen from; only for a refresh right after it."""
+
+    def take(self, batch_rows: Sequence[int]) -> Choice:
+        """The choice for some rows of the batch."""
+        residual = None if self.residual is None else self.residual.take(batch_rows)
+        return Choice(self.selection.take(batch_rows), residual, [])
+
+
+def choose_forward(
+    model: nn.Module,
+    prefix: Prefix,
+    block_ids: Tensor,
+    rule: Rule,
+    *,
+    residual: bool = False,
+    merge_with: Sequence[Observed] | None = None,
+    how: Literal["draft", "union"] = "draft",
+) -> tuple[Tensor, Choice]:
+    """An exact peek after which `rule` chooses the keys of later ones.
+
+    Args:
+        model, prefix, block_ids: as for `attention.block_forward`.
+        rule: one that chooses once; one that chooses every step may be asked too, for what it would choose here.
+        residual: also keep the attention of these queries over the keys not selected.
+        merge_with: what an earlier forward of the same block observed, merged by `how`.
+
+    Returns:
+        (batch, B, hidden) and the choice.
+    """
+
+    def look(view: LayerView) -> tuple[Observed, LayerView | None]:
+        return rule.observe(view), view if residual else None
+
+    hidden, looks = observe_forward(model, prefix, block_ids, look, first_layer=rule.dense_layers)
+    if not looks:
+        raise ValueError(f"dense_layers {rule.dense_layers} leave no layer of the model to be sparse")
+    observed = [seen for seen, _ in looks]
+    if merge_with is not None:
+        observed = merge_observed(merge_with, observed, how)
+    selection = rule.choose(observed, prefix.lengths)
+    views = [view for _, view in looks if view is not None]
+    return hidden, Choice(selection, _residual(prefix, selection, views) if residual else None, observed)
+
+
+def _residual(prefix: Prefix, selection: Selection, views: Sequence[LayerView]) -> Residual:
+    unselected = prefix.is_visible[:, None] & ~selection.as_mask(prefix.longest)  # (layers, batch, KV heads, N)
+    parts = [
+        attention_with_log_mass(view.rows, view.key, prefix.read(view.layer)[1], mask.unsqueeze(-2), view.scaling)
+        for view, mask in zip(views, unselected, strict=True)
+    ]
+    return Residual(tuple(out for out, _ in parts), tuple(log_mass for _, log_mass in parts))
+
+
+class BlockSteps:
+    """State of the rows that denoise one block each, from its first step until the last of them is done."""
+
+    def __init__(self, model: nn.Module, prefix: Prefix, rule: Rule, levers: Levers, max_steps: int) -> None:
+        self.model = model
+        self.prefix = prefix
+        self.rule = rule
+        self.levers = levers
+        self.step = 0
+        self.choice: Choice | None = None
+        self.choosing_steps = {rule.select_at(max_steps), *levers.reselect_at}
+
+    def forward(self, block_ids: Tensor) -> tuple[Tensor, list[bool]]:
+        """The next step: (batch, B) ids -> (batch, B, hidden), and which rows saw less than their whole prefix."""
+        step, self.step = self.step, self.step + 1
+        shorter = [self.rule.is_sparse(n) for n in self.prefix.lengths]
+        exact = [False] * len(shorter)
+        if not any(shorter):
+            return block_forward(self.model, self.prefix, block_ids), exact
+        if self.rule.chosen_every_step:
+            return block_forward(self.model, self.prefix, block_ids, rule=self.rule), shorter
+        if step in self.choosing_steps:
+            hidden, self.choice = choose_forward(
+                self.model, self.prefix, block_ids, self.rule, residual=self.levers.residual
+            )
+            return hidden, exact
+        if self.choice is None:
+            return block_forward(self.model, self.prefix, block_ids), exact
+        chosen = self.choice
+        return block_forward(
+            self.model, self.prefix, block_ids, selection=chosen.selection, residual=chosen.residual
+        ), shorter
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether `refresh` is due now, after the step that first chose."""
+        return self.levers.refresh is not None and self.choice is not None and self.step - 1 == min(self.choosing_steps)
+
+    def refresh(self, draft_ids: Tensor) -> None:
+        """Choose again on the block filled with its argmax draft, (batch, B) int64: one exact forward."""
+        assert self.choice is not None
+        assert self.levers.refresh is not None
+        _, self.choice = choose_forward(
+            self.model,
+            self.prefix,
+            draft_ids,
+            self.rule,
+            residual=self.levers.residual,
+            merge_with=self.choice.observed,
+            how=self.levers.refresh,
+        )
+
+    def keys_kept(self) -> list[float]:
+        """Prefix keys per KV head that each row's sparse steps see, averaged over sparse layers and heads."""
+        if self.choice is not None:
+            return self.choice.selection.keys_kept().tolist()
+        return [float(min(n, self.rule.num_pages(n) * self.rule.page)) for n in self.prefix.lengths]
+
+    def take(self, batch_rows: Sequence[int]) -> None:
+        """Go on with some of the rows, by their place in the batch."""
+        self.prefix = self.prefix.take(batch_rows)
+        if self.choice is not None:
+            self.choice = self.choice.take(batch_rows)

@@ -1,0 +1,94 @@
+"""Needles in a haystack: does a model still find what it was asked for when later steps see only the chosen keys?
+
+One prompt is a haystack of filler text with `needles` key-value sentences, then one chat turn that asks for `asked` of
+them. An answer counts when every value asked for appears in it. One needle alone proves little (a single needle
+survives k = 8); asking for several at once needs keys that the all-[MASK] step cannot single out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mage_tune.data.retrieval import Dialogue, draw_needles, filler_ids, make_haystack, question
+from mage_tune.lm import BlockDiffusionLM
+
+TASKS = {"single": 1, "multi": 3}
+"""Task name -> needles asked for in one question."""
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """One question about one haystack."""
+
+    input_ids: np.ndarray
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """One answer: the values asked for, whether all are in it, the share that is, its text and its cost."""
+
+    expected: tuple[str, ...]
+    is_right: bool
+    share_found: float
+    text: str
+    forwards_per_block: float
+
+
+def needle_prompts(
+    lm: BlockDiffusionLM, text: np.ndarray, *, context: int, needles: int, asked: int, questions: int, seed: int
+) -> list[NeedlePrompt]:
+    """The same prompts for every arm: drawn from (seed, asked, question number) alone.
+
+    Args:
+        lm: its tokenizer's chat template words the question (a plain form without one); its weights are not used.
+        text: (n,) token ids of held-out text to hide the needles in.
+        context: tokens of the whole prompt.
+        needles: sentences hidden in each haystack.
+        asked: needles asked for in the one question.
+        questions: prompts to make.
+        seed: seed of everything drawn.
+    """
+    filler, dialogue = filler_ids(text, lm.tokenizer, lm.family), Dialogue(lm.tokenizer, lm.family)
+    prompts = []
+    for number in range(questions):
+        rng = np.random.default_rng([seed, asked, number])
+        hidden = draw_needles(rng, needles)
+        candidates = [n for n in hidden if len(n.values) == 1]
+        wanted = [candidates[i] for i in rng.choice(len(candidates), size=asked, replace=False)]
+        before, after = dialogue.prompt(question([n.key for n in wanted]))
+        haystack, _ = make_haystack(rng, filler, lm.tokenizer, context - len(before) - len(after), hidden)
+        prompts.append(NeedlePrompt(np.concatenate([before, haystack, after]), tuple(n.values[0] for n in wanted)))
+    return prompts
+
+
+def ask(
+    lm: BlockDiffusionLM,
+    prompts: Sequence[NeedlePrompt],
+    *,
+    attention: str,
+    budget: int,
+    dense_layers: int,
+    threshold: float,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[NeedleResult]:
+    """Answer every prompt greedily, one at a time, and score it."""
+    results = []
+    for prompt in prompts:
+        out = lm.generate(
+            prompt.input_ids.tolist(),
+            max_new_tokens=2 * lm.family.block_size * len(prompt.expected),
+            attention=attention,
+            budget=budget,
+            dense_layers=dense_layers,
+            threshold=threshold,
+        )
+        found = [value in out.text for value in prompt.expected]
+        denoising = out.forwards["exact"] + out.forwards["sparse"]
+        cost = denoising / max(out.blocks, 1)
+        results.append(NeedleResult(prompt.expected, all(found), float(np.mean(found)), out.text, cost))
+        on_answer()
+    return results

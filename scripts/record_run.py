@@ -1,0 +1,71 @@
+"""Write what a finished run measured into results/: the file that README's and the docs' numbers come from.
+
+    python scripts/record_run.py runs/smollm2-135m results/alignment_h100.json
+
+Takes the run folder's recipe, versions, training metrics (medians after the first tenth of the steps) and, where
+`mage-tune eval` has been run, its estimates with intervals; the raw records stay in the run folder. `--eval DIR` adds an
+evaluation that lies elsewhere (a merged model's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from mage_tune.recipe import load_recipe
+
+
+def training_summary(folder: Path) -> dict[str, Any]:
+    """Steps, minutes, median throughput and the last value of every logged term."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steady = lines[len(lines) // 10 :]
+    per_line = [lines[0]["step"]] + [b["step"] - a["step"] for a, b in zip(lines, lines[1:], strict=False)]
+    seconds = sum(line["step_s"] * steps for line, steps in zip(lines, per_line, strict=True))
+    return {
+        "steps": lines[-1]["step"],
+        "minutes": round(seconds / 60, 2),
+        "median_step_s": statistics.median(line["step_s"] for line in steady),
+        "median_tokens_per_s": statistics.median(line["tokens_per_s"] for line in steady),
+        "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None),
+        "first": lines[0],
+        "last": lines[-1],
+    }
+
+
+def evaluation_summary(folder: Path) -> dict[str, Any]:
+    """Settings, environment, estimates and paired differences, without the raw records."""
+    found = json.loads((folder / "results.json").read_text())
+    return {key: found[key] for key in ("settings", "environment", "arms", "paired")}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="finished run folder")
+    parser.add_argument("out", type=Path, help="JSON file to write, in results/")
+    parser.add_argument("--eval", type=Path, help="folder with results.json; RUN/eval by default")
+    arguments = parser.parse_args()
+    evaluation = arguments.eval or arguments.run / "eval"
+    for needed in (arguments.run / "metrics.jsonl", evaluation / "results.json"):
+        if not needed.is_file():
+            print(f"error: {needed}: not found; train and evaluate first", file=sys.stderr)
+            return 2
+    record = {
+        "command": f"mage-tune train recipes/{load_recipe(arguments.run / 'recipe.yaml').name}.yaml && mage-tune eval ...",
+        "environment": json.loads((arguments.run / "versions.json").read_text()),
+        "recipe": load_recipe(arguments.run / "recipe.yaml").model_dump(mode="json"),
+        "training": training_summary(arguments.run),
+        "evaluation": evaluation_summary(evaluation),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
