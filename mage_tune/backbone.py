@@ -192,6 +192,8 @@ def load_backbone(
 
 def load_tokenizer(path: str, config: PreTrainedConfig, revision: str | None = None) -> Any | None:
     """The tokenizer saved with a checkpoint, or None when it has none."""
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        return None  # transformers would make an empty one up
     try:
         return AutoTokenizer.from_pretrained(path, config=config, revision=revision)
     except (OSError, ValueError):  # what transformers raises for a folder without tokenizer files

@@ -63,6 +63,11 @@ class StreamLayout:
         """Tokens of a whole row."""
         return (self.num_noisy + 1) * self.length
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether whole FlexAttention tiles cover the streams and blocks nest in them."""
+        return self.length % TILE == 0 and TILE % self.block_size == 0
+
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether row position `query` sees row position `key`; integer tensors that broadcast, bool out."""
         query_stream, key_stream = query // self.length, key // self.length
@@ -104,13 +109,11 @@ def _closed_form_block_mask(layout: StreamLayout, device: str) -> BlockMask:
     With n = length / TILE tiles per stream, query tile i of any stream sees the clean tiles 0..i-1 in full and its own
     diagonal tile in part; a noisy one also the clean diagonal tile in part (blocks before its own within the tile).
     """
-    if layout.length % TILE or (TILE % layout.block_size and layout.block_size % TILE):
+    if not layout.is_tiled:
         raise ValueError(
-            f"FlexAttention needs a length that is a multiple of {TILE} and blocks that nest in tiles: "
+            f"FlexAttention needs a length that is a multiple of {TILE} and a block size that divides it: "
             f"got length {layout.length}, block size {layout.block_size}"
         )
-    if layout.block_size > TILE:
-        raise ValueError(f"block size {layout.block_size} is larger than FlexAttention's tile of {TILE}")
     tiles = layout.length // TILE
     rows = (layout.num_noisy + 1) * tiles
     clean = layout.num_noisy * tiles

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -237,14 +237,18 @@ def schema() -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path as it is, or a shipped recipe by its name.
+    """The file of a recipe: a path as it is (reading it says if it is not there), or a shipped recipe by its name.
 
-    A path that is not there is returned all the same; reading it says so.
+    Raises:
+        ValueError: a name, and no recipe is called so.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
         return path
-    return recipes_folder() / f"{name}.yaml"
+    shipped = {file.stem: file for file in shipped_recipes()}
+    if name not in shipped:
+        raise ValueError(f"{name}: no such file or shipped recipe; shipped are {', '.join(shipped)}")
+    return shipped[name]
 
 
 def shipped_recipes() -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+RUNTIME_EXTRAS = ("gpu", "eval", "track")
 LEAST_FREE_GIB = 2
 """A small run writes its adapter and two checkpoints; less than this is not enough for comfort."""
 
@@ -26,8 +27,8 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Every check, in the order of the table; a check that breaks is a finding, not a crash."""
-    findings = [_python(), *_packages()]
-    checks: list[Callable[[], list[Finding]]] = [_device, _disk, _hub, _attention]
+    findings = []
+    checks: list[Callable[[], list[Finding]]] = [_python, _packages, _device, _disk, _hub, _attention]
     for check in checks:
         try:
             findings += check()
@@ -36,29 +37,33 @@ def examine() -> list[Finding]:
     return findings
 
 
-def _python() -> Finding:
-    return Finding(
-        "python", f"{platform.python_version()} on {platform.platform()}", (3, 11) <= sys.version_info[:2] < (3, 13)
-    )
+def _python() -> list[Finding]:
+    is_fine = (3, 11) <= sys.version_info[:2] < (3, 13)
+    return [Finding("python", f"{platform.python_version()} on {platform.platform()}", is_fine)]
 
 
 def _packages() -> list[Finding]:
     """Installed version of every package that we require, against our range; optional ones only when they are there."""
     from packaging.requirements import Requirement
 
+    try:
+        wanted = requires("mage_tune") or []
+    except PackageNotFoundError:
+        return [Finding("packages", "mage_tune runs from a checkout that is not installed; versions not checked")]
     findings = []
-    for text in requires("mage_tune") or []:
-        requirement = Requirement(text)
+    for requirement in map(Requirement, wanted):
         is_optional = requirement.marker is not None
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in RUNTIME_EXTRAS):
+            continue  # what developers and maintainers' scripts need
         try:
-            installed = version(requirement.name)
+            found = version(requirement.name)
         except PackageNotFoundError:
             if not is_optional:
                 findings.append(Finding(requirement.name, f"missing; needs {requirement.specifier}", False))
             continue
-        is_fine = requirement.specifier.contains(installed, prereleases=True)
+        is_fine = requirement.specifier.contains(found, prereleases=True)
         findings.append(
-            Finding(requirement.name, installed if is_fine else f"{installed}; needs {requirement.specifier}", is_fine)
+            Finding(requirement.name, found if is_fine else f"{found}; needs {requirement.specifier}", is_fine)
         )
     return findings
 
@@ -73,9 +78,7 @@ def _device() -> list[Finding]:
         facts = torch.cuda.get_device_properties(index)
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
         found = f"{facts.name}, sm_{facts.major}{facts.minor}, {free:.0f} of {total:.0f} GiB free"
-        findings.append(
-            Finding(f"GPU {index}", f"{found}, CUDA {torch.version.cuda}, bfloat16 {torch.cuda.is_bf16_supported()}")
-        )
+        findings.append(Finding(f"GPU {index}", f"{found}, CUDA {torch.version.cuda}"))
     return findings
 
 

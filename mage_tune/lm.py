@@ -29,6 +29,11 @@ class BlockDiffusionLM:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.model.parameters()).dtype
+
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits of clean tokens under the block-causal mask.
@@ -88,6 +93,8 @@ def load(
     known = read_family(adapter) if adapter is not None and family is None else None
     if known is not None:
         record = known[0]
+        # What the adapter was trained with wins over the checkpoint's config, and the caller over both.
+        facts = {name: getattr(known[0], name) if fact is None else fact for name, fact in facts.items()}
     backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
     return from_backbone(backbone, adapter)
 

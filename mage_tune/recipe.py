@@ -257,7 +257,7 @@ def _apply(parsed: _Parsed, override: str) -> None:
         if isinstance(here, list):
             if not isinstance(key, int) or key >= len(here):
                 raise RecipeError(
-                    f"{place}: key '{_dotted(path)}': a list of {len(here)}; name an item by index, 0 to {len(here) - 1}"
+                    f"{place}: key '{_dotted(path)}': a list of {len(here)}; its items are 0 to {len(here) - 1}"
                 )
         elif not isinstance(here, dict) or not isinstance(key, str):
             raise RecipeError(f"{place}: key '{_dotted(path[:-1])}': holds no keys; name the key itself")

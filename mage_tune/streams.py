@@ -103,7 +103,13 @@ class StreamAttention:
         return torch.cat([self._sparse(query, key, value, scaling), exact], dim=2)
 
     def mean_over_layers(self, name: str) -> Tensor:
-        """The observed term averaged over the layers that saw it."""
+        """The observed term averaged over the layers that saw it.
+
+        Raises:
+            ValueError: none did.
+        """
+        if not self.observed[name]:
+            raise ValueError(f"{name}: skip_layers leaves out every layer of the model; choose a smaller number")
         return torch.stack(list(self.observed[name].values())).mean()
 
     def _rows(self, query: Tensor, num_kv_heads: int, name: str, view: int = 0) -> Tensor:
@@ -111,6 +117,9 @@ class StreamAttention:
         return packed_rows(query[:, :, start : start + self.streams.length], num_kv_heads, self.streams.block_size)
 
     def _observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        due = {name: observer for name, (first_layer, observer) in self.observers.items() if layer >= first_layer}
+        if not due:
+            return
         if self.needs_gradient and not query.requires_grad:
             raise RuntimeError(
                 f"layer {layer}: queries carry no gradient, so alignment terms would train nothing "
@@ -123,10 +132,9 @@ class StreamAttention:
             key[:, :, self.streams.offset("clean") :],
             scaling,
         )
-        for name, (first_layer, observer) in self.observers.items():
-            if layer >= first_layer:
-                value = observer(view)  # also in the recomputation, which must repeat the same operations
-                self.observed[name].setdefault(layer, value)
+        for name, observer in due.items():
+            value = observer(view)  # also in the recomputation, which must repeat the same operations
+            self.observed[name].setdefault(layer, value)
 
     def _sparse(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         row, heads = self.streams, key.shape[1]
@@ -179,8 +187,12 @@ def sparse_block_attention(
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, layout: StreamLayout, scaling: float) -> Tensor:
-    """Attention of a row under its layout: FlexAttention on a GPU, one masked SDPA per stream on a CPU."""
-    if query.is_cuda:
+    """Attention of a row under its layout, with gradient.
+
+    FlexAttention on a GPU for lengths it can tile (training rows are padded to them), else one masked SDPA per stream,
+    whose masks take length x 2 length bytes.
+    """
+    if query.is_cuda and layout.is_tiled:
         mask = layout.block_mask(query.device)
         return _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     return _attention_per_stream(query, key, value, layout, scaling)

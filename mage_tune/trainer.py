@@ -199,7 +199,7 @@ class MageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._logged: dict[str, float] = defaultdict(float)
-        self._window = {"tokens": 0, "started": time.perf_counter(), "steps": 0, "micro": 0}
+        self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler | None:
         """The data set is the schedule: its order is fixed by the recipe's seed."""
@@ -230,6 +230,7 @@ class MageTrainer(Trainer):
         if "sparse_share" in sums:
             self._logged["sparse_share"] += sums["sparse_share"].item() / self.args.gradient_accumulation_steps
         self._window["tokens"] += int(inputs["num_tokens"])
+        self._window["micro_steps"] += 1
         # Distributed engines average gradients over processes; the sums above are already over all of them.
         return loss * self.accelerator.num_processes
 
@@ -244,15 +245,15 @@ class MageTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add every term, throughput and memory to the Trainer's own log line."""
         if "loss" in logs:
-            steps = self.state.global_step - self._window["steps"]
+            steps = self._window["micro_steps"] / self.args.gradient_accumulation_steps
             seconds = time.perf_counter() - self._window["started"]
-            logs |= {name: value / max(steps, 1) for name, value in self._logged.items()}
+            logs |= {name: value / steps for name, value in self._logged.items()}
             logs["tokens_per_s"] = self._window["tokens"] / seconds
-            logs["step_s"] = seconds / max(steps, 1)
+            logs["step_s"] = seconds / steps
             if torch.cuda.is_available():
                 logs["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self._logged.clear()
-            self._window = {"tokens": 0, "started": time.perf_counter(), "steps": self.state.global_step, "micro": 0}
+            self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         super().log(logs, *args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mage_tune.backbone import Backbone, attach_adapter, random_backbone
+from mage_tune.backbone import Backbone, attach_adapter, family_facts, random_backbone
 from mage_tune.data.example import Example
 from mage_tune.lm import BlockDiffusionLM, load
 
@@ -101,17 +101,29 @@ def tiny_backbone():
 
 
 @pytest.fixture
+def converted_checkpoint(tmp_path):
+    """converted_checkpoint(backbone) -> folder with the weights and the family facts in config.json."""
+
+    def save(backbone: Backbone, name: str = "base") -> Path:
+        backbone.model.config.mage_tune = family_facts(backbone.family)
+        backbone.model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
 def tiny_adapter():
     """tiny_adapter(backbone, **options) -> PeftModel whose update is not zero."""
 
     def attach(backbone: Backbone, **options):
-        with torch.random.fork_rng(devices=[]):
+        generator = torch.Generator().manual_seed(1)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1)
             model = attach_adapter(backbone, **{"rank": 4, "alpha": 8.0} | options)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "lora_B" in name:
-                        parameter.normal_(std=0.1)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_A" not in name:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model
 
     return attach

@@ -227,7 +227,8 @@ def test_a_layer_view_holds_each_streams_queries_and_the_clean_keys():
         seen.append(view)
         return torch.zeros(())
 
-    StreamAttention(row, budget=2, observers={"term": (0, observe)}).attend(0, query, key, value, SCALING)
+    attention = StreamAttention(row, budget=2, observers={"term": (0, observe)}, needs_gradient=False)
+    attention.attend(0, query, key, value, SCALING)
     (view,) = seen
     assert view.mask_rows.shape == (BATCH, KV_HEADS, BLOCKS, GROUP * SIZE, DIM)
     assert [int(rows.mean() / 100 + 0.5) for rows in (view.mask_rows, *view.later_rows)] == [1, 2, 3]
@@ -246,11 +247,10 @@ def test_aligned_streams_cost_nothing(tiny_backbone, tokens):
                 block_mean_queries(view.mask_rows), block_mean_queries(view.later_rows[0]), counted
             )
 
-        attention = StreamAttention(RowStreams(LENGTH, SIZE, mask=True), observers={"query": (0, observe)})
         ids = torch.cat([mask, later, clean], dim=1)
         positions = torch.arange(LENGTH).repeat(3).expand(2, -1)
         with torch.no_grad():
-            attention.needs_gradient = False
+            attention = StreamAttention(RowStreams(LENGTH, SIZE, mask=True), observers={"query": (0, observe)})
             hidden_states(tiny_backbone().model, ids, positions, attention.attend)
         assert len(attention.observed["query"]) == 3
         return attention.mean_over_layers("query")
@@ -321,13 +321,22 @@ def test_reentrant_recomputation_is_refused(gradients):
         gradients(checkpointing=True)
 
 
-def test_an_adapter_that_cannot_reach_the_queries_is_refused(tiny_backbone, tiny_adapter, make_examples):
+def test_layers_whose_queries_no_adapter_reaches_can_be_skipped_but_not_aligned(
+    tiny_backbone, tiny_adapter, make_examples
+):
     backbone = tiny_backbone()
     model = tiny_adapter(backbone, targets=["o_proj"]).train()  # layer 0's queries come before any adapter
-    loss = StreamLoss(Objective(query_alignment=QueryAlignment(weight=1.0, skip_layers=0)))
-    batch = Collator(backbone.family, 0, **loss.collator_needs())(make_examples((24, 0)))
+
+    def align(skip_layers: int) -> Tensor:
+        loss = StreamLoss(Objective(query_alignment=QueryAlignment(weight=1.0, skip_layers=skip_layers)))
+        batch = Collator(backbone.family, 0, **loss.collator_needs())(make_examples((24, 0)))
+        return loss.sums(model, batch)["query_alignment"]
+
+    assert align(skip_layers=1).requires_grad
     with pytest.raises(RuntimeError, match="layer 0: queries carry no gradient"):
-        loss.sums(model, batch)
+        align(skip_layers=0)
+    with pytest.raises(ValueError, match="query_alignment: skip_layers leaves out every layer"):
+        align(skip_layers=3)
 
 
 def test_a_layer_that_runs_twice_counts_once(tiny_backbone, tiny_adapter, tokens):

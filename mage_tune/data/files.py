@@ -106,7 +106,7 @@ def _jsonl_records(file: Path) -> Iterator[Record]:
             place = f"{file}:{number}"
             try:
                 # A byte order mark is legal nowhere but at the start, where some editors put it.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8 (byte {error.start})") from None
             if not text.strip():

@@ -41,8 +41,10 @@ ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 
 INTRODUCTION = (
     "Some special magic numbers are hidden in the following text. Remember them: "
-    "there will be questions about them.\n\n"
+    "there will be questions about them.\n"
 )
+"""Ends with one line break: two at the end of a piece would become one token, as they do nowhere
+inside a prompt."""
 
 ONE_KEY_SHARE, MANY_KEYS_SHARE = 0.7, 0.18
 """Share of the turns that ask for one key, and for two or three at once; the rest ask for all the
@@ -100,7 +102,9 @@ class RetrievalRows:
         self.needles, self.questions = needles, questions
         self.answer_weight, self.other_weight = answer_weight, other_weight
         self.dialogue = Dialogue(tokenizer, family)
-        self[0]  # a length that is too short shows before the first step
+        # A length that is too short for some row must show now, not at that row.
+        longest = _longest_needle(tokenizer)
+        self._fit([longest], [[longest]], _sentence_ids([longest], tokenizer))
 
     def __len__(self) -> int:
         return ENDLESS
@@ -141,8 +145,8 @@ class RetrievalRows:
                 break
             if len(turns) == 1 and len(asked) == 1:
                 raise ValueError(
-                    f"data.length {self.length} is too short for a retrieval row: one needle and "
-                    f"one question take {self.length - room + used} tokens"
+                    f"data.length {self.length} is too short for a retrieval row: a needle with "
+                    f"two numbers and its question take up to {self.length - room + used} tokens"
                 )
             turns = turns[:-1] if len(turns) > 1 else [turns[0][:1]]
         kept = []
@@ -366,6 +370,15 @@ def _sentence_ids(needles: Sequence[Needle], tokenizer: PreTrainedTokenizerBase)
     ids = _encode([f" {text}" for text in texts] + [f"{text}\n" for text in texts], tokenizer)
     both = zip(ids[: len(texts)], ids[len(texts) :], strict=True)
     return dict(zip(sentences, both, strict=True))
+
+
+def _longest_needle(tokenizer: PreTrainedTokenizerBase) -> Needle:
+    """A needle that takes as many tokens as any: two numbers, and the longest words for its key."""
+
+    def longest(words: Sequence[str]) -> str:
+        return max(zip(map(len, _encode(list(words), tokenizer)), words, strict=True))[1]
+
+    return Needle(f"{longest(ADJECTIVES)}-{longest(NOUNS)}", ("594837", "607182"))
 
 
 def _most_tokens(needles: Sequence[Needle], forms: Forms) -> int:

@@ -187,7 +187,8 @@ class MageV1(Rule):
         strengths = torch.stack([o.strength for o in observed if o.strength is not None])  # (layers, batch)
         shares = strengths / strengths.sum(0)
         least = self.budget // 4 if self.min_budget is None else self.min_budget
-        budgets = (shares * self.budget * len(observed)).floor().clamp(min=max(1, least)).long()
+        # The slack keeps a whole number whole: layers of equal strength must not lose a key to rounding.
+        budgets = (shares * self.budget * len(observed) + 1e-3).floor().clamp(min=max(1, least)).long()
         is_sparse = [self.is_sparse(n) for n in prefix_lengths]
         return [
             [min(k, n) if sparse else n for k, n, sparse in zip(row, prefix_lengths, is_sparse, strict=True)]

@@ -154,8 +154,12 @@ class BlockSteps:
         """Whether `refresh` is due now, after the step that first chose."""
         return self.levers.refresh is not None and self.choice is not None and self.step - 1 == min(self.choosing_steps)
 
-    def refresh(self, draft_ids: Tensor) -> None:
-        """Choose again on the block filled with its argmax draft, (batch, B) int64: one exact forward."""
+    def refresh(self, draft_ids: Tensor) -> list[bool]:
+        """Choose again on the block filled with its argmax draft, (batch, B) int64: one exact forward.
+
+        Returns:
+            Which rows needed it: the others see their whole prefix anyway.
+        """
         assert self.choice is not None
         assert self.levers.refresh is not None
         _, self.choice = choose_forward(
@@ -167,6 +171,7 @@ class BlockSteps:
             merge_with=self.choice.observed,
             how=self.levers.refresh,
         )
+        return [self.rule.is_sparse(n) for n in self.prefix.lengths]
 
     def keys_kept(self) -> list[float]:
         """Prefix keys per KV head that each row's sparse steps see, averaged over sparse layers and heads."""

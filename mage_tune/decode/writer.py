@@ -195,9 +195,8 @@ class Writer:
                     row.sparse_blocks += row.index not in turned_sparse
                     turned_sparse.add(row.index)
             if steps.wants_draft:
-                steps.refresh(self._draft(rows, hidden))
-                for row in rows:
-                    row.forwards["exact"] += 1
+                for row, refreshed in zip(rows, steps.refresh(self._draft(rows, hidden)), strict=True):
+                    row.forwards["exact"] += refreshed
             self._accept(rows, hidden)
             is_done = [row.settle(self.settings) for row in rows]
             for row, sparse, done in zip(rows, is_sparse, is_done, strict=True):

@@ -52,6 +52,7 @@ def needle_prompts(
         questions: prompts to make.
         seed: seed of everything drawn.
     """
+    assert lm.tokenizer is not None
     filler, dialogue = filler_ids(text, lm.tokenizer, lm.family), Dialogue(lm.tokenizer, lm.family)
     prompts = []
     for number in range(questions):
@@ -76,19 +77,19 @@ def ask(
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[NeedleResult]:
     """Answer every prompt greedily, one at a time, and score it."""
+    options = {} if attention == "exact" else {"budget": budget, "dense_layers": dense_layers}
     results = []
     for prompt in prompts:
         out = lm.generate(
             prompt.input_ids.tolist(),
-            max_new_tokens=2 * lm.family.block_size * len(prompt.expected),
+            max_new_tokens=lm.family.block_size * (1 + len(prompt.expected)),
             attention=attention,
-            budget=budget,
-            dense_layers=dense_layers,
             threshold=threshold,
+            **options,
         )
         found = [value in out.text for value in prompt.expected]
-        denoising = out.forwards["exact"] + out.forwards["sparse"]
-        cost = denoising / max(out.blocks, 1)
-        results.append(NeedleResult(prompt.expected, all(found), float(np.mean(found)), out.text, cost))
+        results.append(
+            NeedleResult(prompt.expected, all(found), float(np.mean(found)), out.text, out.forwards_per_block)
+        )
         on_answer()
     return results

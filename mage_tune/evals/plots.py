@@ -46,7 +46,7 @@ class Theme:
     quiet: str
     arms: dict[str, str]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[Any, Any]:
         """matplotlib's rcParams."""
         return {
             "figure.facecolor": self.paper,
@@ -244,6 +244,7 @@ def training_curves(log: list[dict[str, Any]], theme: Theme) -> Figure:
             axes.plot(*running_mean(steps, values, len(values) // 15), color=theme.arms["adapter"])
         if 0 < 20 * values.min() < values.max():
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(TERMS[name], loc="left")
     panels[-1].set_xlabel("optimizer step")
     return figure

@@ -193,9 +193,10 @@ def block_variants(
     masks = [at_start]
     for share in REVEALS:
         later = at_start.copy()
-        later[order[: round(share * len(order))]] = False
+        later[order[: min(round(share * len(order)), len(order) - 1)]] = False  # something is always left to predict
         masks += [later] * (1 + 2 * len(budgets))
     is_masked = np.stack(masks)
+    assert family.mask_id is not None
     return np.where(is_masked, family.mask_id, truth).astype(np.int64), is_masked
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +15,10 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mage_tune.backbone import causal_lm
 from mage_tune.data.text import load_ids
 from mage_tune.environment import environment
-from mage_tune.evals.needles import TASKS, NeedleResult, ask, needle_prompts
+from mage_tune.evals.needles import TASKS, NeedlePrompt, NeedleResult, ask, needle_prompts
 from mage_tune.evals.probes import ProbedBlock, probe_text
 from mage_tune.evals.report import print_tables, write_report
 from mage_tune.evals.stats import estimate, paired_difference, unit_means
@@ -26,6 +27,8 @@ from mage_tune.recipe import Eval, Recipe, RecipeError, load_recipe, override_se
 
 SEED = 1234
 """Seed of reveals and needle prompts: the same for every model, so that results can be compared."""
+ATTENTIONS = ("exact", "mage")
+"""How the needle questions are answered."""
 
 
 def evaluate(target: str, *, adapter: str | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -46,13 +49,15 @@ def evaluate(target: str, *, adapter: str | None = None, overrides: list[str] | 
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
         settings, base, adapter, out = recipe.eval, model_path(recipe, folder), str(folder), folder / "eval"
+        dtype = recipe.model.dtype
     else:
         settings, base, out = Eval(), target, Path("runs") / f"eval-{folder.name}" / "eval"
+        dtype = "auto"
     settings = override_section(settings, overrides or [])
-    lm = load(base, adapter=adapter, dtype="float32" if adapter else "auto")
+    lm = load(base, adapter=adapter, dtype=dtype)
     check_settings(settings, lm)
     result = measure(lm, settings, has_adapter=adapter is not None)
-    result["settings"] |= {"model": base, "adapter": adapter, "seed": SEED}
+    result["settings"] |= {"model": base, "adapter": adapter, "dtype": str(lm.dtype), "seed": SEED}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(result, out)
@@ -72,20 +77,35 @@ def model_path(recipe: Recipe, folder: Path) -> str:
 
 
 def check_settings(settings: Eval, lm: BlockDiffusionLM) -> None:
-    """Refuse what would be measured wrongly.
+    """Refuse what would be measured wrongly, before anything is measured.
 
     Raises:
-        RecipeError: budgets reach the shortest probed prefix, or text is missing.
+        RecipeError: a setting does not fit the model, or would leave nothing sparse.
     """
+    config, size = causal_lm(lm.model).config, lm.family.block_size
     if settings.text is None:
         raise RecipeError("eval.text: held-out text is needed; give a file (eval.text=PATH)")
-    if settings.context % lm.family.block_size:
-        raise RecipeError(f"eval.context {settings.context} is not a multiple of the block size {lm.family.block_size}")
-    if max(settings.budgets) >= settings.context // 2:
+    if settings.context % size or settings.context < 2 * size:
+        raise RecipeError(f"eval.context {settings.context} is not two or more whole blocks of {size} tokens")
+    if settings.context > config.max_position_embeddings:
         raise RecipeError(
-            f"eval.budgets: {max(settings.budgets)} keys are at least the shortest probed prefix "
-            f"({settings.context // 2}); nothing would be sparse"
+            f"eval.context {settings.context} is longer than the model's {config.max_position_embeddings} positions"
         )
+    if settings.dense_layers >= config.num_hidden_layers:
+        raise RecipeError(
+            f"eval.dense_layers {settings.dense_layers}: the model has {config.num_hidden_layers} layers; "
+            "nothing would be sparse"
+        )
+    shortest = settings.context // size // 2 * size  # the first probed block is the first of the second half
+    if max(settings.budgets) >= shortest:
+        raise RecipeError(
+            f"eval.budgets: {max(settings.budgets)} keys are at least the shortest probed prefix ({shortest}); "
+            "nothing would be sparse"
+        )
+    if 0 < settings.needles < 2 * max(TASKS.values()):
+        raise RecipeError(f"eval.needles: give 0 or at least {2 * max(TASKS.values())}; some keys have two numbers")
+    if settings.needles and lm.tokenizer is None:
+        raise RecipeError("eval.needles: this model has no tokenizer to ask with; skip them with eval.needles=0")
 
 
 def measure(lm: BlockDiffusionLM, settings: Eval, *, has_adapter: bool) -> dict[str, Any]:
@@ -94,8 +114,19 @@ def measure(lm: BlockDiffusionLM, settings: Eval, *, has_adapter: bool) -> dict[
     filler = load_ids(settings.text, lm.tokenizer, lm.family)
     windows = cut_windows(filler, settings.context, settings.documents)
     arms = ["base", "adapter"] if has_adapter else ["base"]
-    tasks = TASKS if settings.needles else {}
-    answers = 2 * settings.questions * len(tasks)
+    prompts = {
+        task: needle_prompts(
+            lm,
+            filler,
+            context=settings.context,
+            needles=settings.needles,
+            asked=asked,
+            questions=settings.questions,
+            seed=SEED,
+        )
+        for task, asked in (TASKS.items() if settings.needles else ())
+    }
+    answers = len(ATTENTIONS) * settings.questions * len(prompts)
     records: dict[str, dict[str, Any]] = {}
     with progress(len(arms) * (len(windows) + answers)) as advance:
         for arm in arms:
@@ -109,26 +140,15 @@ def measure(lm: BlockDiffusionLM, settings: Eval, *, has_adapter: bool) -> dict[
                     seed=SEED,
                     on_window=advance,
                 )
-                answered = {
-                    name: needle_arms(lm, filler, settings, asked, advance) for name, asked in tasks.items()
-                }
+                answered = {task: needle_arms(lm, asked, settings, advance) for task, asked in prompts.items()}
             records[arm] = {"text": blocks, "needles": answered}
     return summarise(records, settings, hashlib.sha256(filler.tobytes()).hexdigest())
 
 
 def needle_arms(
-    lm: BlockDiffusionLM, filler: np.ndarray, settings: Eval, asked: int, advance: Any
+    lm: BlockDiffusionLM, prompts: list[NeedlePrompt], settings: Eval, advance: Callable[[], None]
 ) -> dict[str, list[NeedleResult]]:
     """One needle task with exact and with sparse attention."""
-    prompts = needle_prompts(
-        lm,
-        filler,
-        context=settings.context,
-        needles=settings.needles,
-        asked=asked,
-        questions=settings.questions,
-        seed=SEED,
-    )
     return {
         attention: ask(
             lm,
@@ -139,7 +159,7 @@ def needle_arms(
             threshold=settings.threshold,
             on_answer=advance,
         )
-        for attention in ("exact", "mage")
+        for attention in ATTENTIONS
     }
 
 
@@ -227,7 +247,7 @@ def without_adapter(lm: BlockDiffusionLM) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Any]:
+def progress(total: int) -> Iterator[Callable[[], None]]:
     """A bar with ETA on a terminal; a line per tenth of the work in a log. Yields the function that advances it."""
     console = Console(stderr=True)
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -243,4 +263,3 @@ def progress(total: int) -> Iterator[Any]:
                 console.print(f"evaluating: {done}/{total}")
 
         yield advance
-

@@ -27,9 +27,7 @@ def test_special_tokens():
 @pytest.mark.parametrize("generation", [False, True])
 def test_chat_template(generation):
     messages = [{"role": "user", "content": "x"}]
-    text = TOKENIZER.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation
-    )
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
     start = "<|im_start|>assistant\n" if generation else ""
     assert text == "<|im_start|>user\nx<|im_end|>\n" + start
 
