@@ -44,7 +44,7 @@ venv: $(STAMP) ## only make .venv
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(PY) -c 'import pip' 2>/dev/null; then \
 	  for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
-	    if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then \
+	    if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1; then \
 	      found="$$python"; break; \
 	    fi; \
 	  done; \

@@ -25,16 +25,21 @@ class Finding(NamedTuple):
     is_fine: bool = True
 
 
+Check = Callable[[], list[Finding]]
+
+
 def examine() -> list[Finding]:
-    """Every check, in the order of the table; a check that breaks is a finding, not a crash."""
-    findings = []
-    checks: list[Callable[[], list[Finding]]] = [_python, _packages, _device, _disk, _hub, _attention]
-    for check in checks:
-        try:
-            findings += check()
-        except Exception as error:  # whatever is broken is exactly what the table should say
-            findings.append(Finding(check.__name__.strip("_"), f"{type(error).__name__}: {error}", False))
-    return findings
+    """Every check, in the order of the table."""
+    checks: list[Check] = [_python, _packages, _device, _disk, _hub, _attention]
+    return [finding for check in checks for finding in run_check(check)]
+
+
+def run_check(check: Check) -> list[Finding]:
+    """What a check found; one that breaks is a finding too."""
+    try:
+        return check()
+    except Exception as error:  # whatever is broken is exactly what the table should say
+        return [Finding(check.__name__.strip("_"), f"{type(error).__name__}: {error}", False)]
 
 
 def _python() -> list[Finding]:

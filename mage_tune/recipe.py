@@ -187,6 +187,8 @@ def _compose(text: str, place: Callable[[int], str]) -> Node | None:
         if indent and "\t" in indent[0]:
             fix = "indent with spaces, not tabs"
         problem = error.problem or error.context
+        if "alias" in str(problem):  # a glob, most likely
+            fix = "a value that begins with * or & needs quotes"
         raise RecipeError(f"{place(line + 1)}: not valid YAML: {problem}; {fix}") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

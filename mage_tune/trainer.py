@@ -157,9 +157,10 @@ class StreamLoss:
                 teacher_first=settings.direction == "teacher_to_student",
             )
             loss = loss + settings.kl_weight * divergence
-        blocks = row.length // row.block_size
-        really_sparse = sum(j * row.block_size > (settings.budget or 0) for j in range(blocks))
-        return {"sparse_distillation": loss, "sparse_share": torch.tensor(really_sparse / blocks)}
+        # Blocks that predict something, numbered through the batch (a row is a whole number of blocks), and their prefix.
+        blocks = (batch["sparse_from"] // row.block_size).unique()
+        is_sparse = blocks * row.block_size % row.total > (settings.budget or 0)
+        return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
 
     def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
         """(n, hidden) of the exact teacher, without gradient: this pass's noisy stream, or the untuned model's."""
@@ -221,7 +222,8 @@ class MageTrainer(Trainer):
     ) -> Tensor:
         """Weighted sum of the objective's terms for one micro-step."""
         items = self.stream_loss.items(inputs) if num_items_in_batch is None else num_items_in_batch
-        sums = self.stream_loss.sums(model, inputs)
+        with self.accelerator.autocast():  # the output head runs outside the model's own forward
+            sums = self.stream_loss.sums(model, inputs)
         loss = torch.zeros((), device=inputs["input_ids"].device)
         for (name, weight), count in zip(self.stream_loss.weights.items(), items.tolist(), strict=True):
             value = sums[name] / max(count, 1.0)

@@ -94,25 +94,26 @@ def make_backbone(family: str = "converted", *, block_size: int = 4, seed: int =
     return backbone
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_backbone():
     """tiny_backbone(family, block_size=, seed=, **shape) -> Backbone."""
     return make_backbone
 
 
-@pytest.fixture
-def converted_checkpoint(tmp_path):
-    """converted_checkpoint(backbone) -> folder with the weights and the family facts in config.json."""
+@pytest.fixture(scope="session")
+def converted_checkpoint(tmp_path_factory):
+    """converted_checkpoint(backbone) -> a new folder with the weights and the family facts in config.json."""
 
-    def save(backbone: Backbone, name: str = "base") -> Path:
+    def save(backbone: Backbone) -> Path:
+        folder = tmp_path_factory.mktemp("converted")
         backbone.model.config.mage_tune = family_facts(backbone.family)
-        backbone.model.save_pretrained(tmp_path / name)
-        return tmp_path / name
+        backbone.model.save_pretrained(folder)
+        return folder
 
     return save
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_adapter():
     """tiny_adapter(backbone, **options) -> PeftModel whose update is not zero."""
 
@@ -129,7 +130,7 @@ def tiny_adapter():
     return attach
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_examples():
     """make_examples((length, prompt), ...) -> examples with random tokens, the first `prompt` not supervised."""
 

@@ -205,10 +205,12 @@ def test_precision_follows_the_device():
 def test_an_adapter_is_float32_on_a_frozen_model(tiny_backbone):
     backbone = tiny_backbone()
     backbone.model.to(torch.bfloat16)
-    model = attach_adapter(backbone, rank=3, alpha=6)
+    model = attach_adapter(backbone, rank=3, alpha=6, train_mask_embedding=True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * 7 * 3  # A and B of seven projections in three layers
-    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
+    assert sum("lora_" in name for name in trainable) == 2 * 7 * 3  # A and B of seven projections in three layers
+    assert len(trainable) == 2 * 7 * 3 + 1  # and the mask row
+    assert all(p.dtype == torch.float32 for p in trainable.values())
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.shape[0] for name, p in trainable.items() if "lora_A" in name} == {3}
 
 

@@ -173,8 +173,7 @@ def test_noise_depends_on_seed_row_and_draw_alone():
         return noise_generator(*key).random(4).tolist()
 
     first = numbers(3, 5, 1)
-    np.random.seed(0)
-    np.random.random(7)
+    noise_generator(3, 5, 1).random(100)  # what others draw does not matter
     assert numbers(3, 5, 1) == first
     assert len({tuple(numbers(*key)) for key in [(3, 5, 1), (4, 5, 1), (3, 6, 1), (3, 5, 0), (5, 3, 1)]}) == 5
 
@@ -188,7 +187,8 @@ def test_only_maskable_positions_are_masked_and_p_is_in_range(maskable, per, see
     maskable = np.repeat(maskable, 4)
     is_masked, p = draw_mask(maskable, Noise(per=per, low=0.2, high=0.8), 4, np.random.default_rng(seed))
     assert not (is_masked & ~maskable).any()
-    assert ((0.2 < p) & (p < 0.8 + 1e-3)).all()
+    assert p.min() > 0.2
+    assert p.max() < 0.8 + 1e-3
     levels = p.reshape(-1, 4)
     assert (levels == levels[:, :1]).all()
     assert len(np.unique(p)) == (len(levels) if per == "block" else 1)

@@ -176,7 +176,7 @@ def test_stop_token_and_tail_of_the_last_block_follow_the_familys_rule(family, t
     batch = Collator(everything_masked(family), seed=0, length_multiple=16)([e])
     assert streams_of(batch)[-1].tolist() == [10, 11, 12, 13, 14, STOP, *tail] + [PAD] * 8
     made = {p.position: p for p in predictions(batch, family)}
-    assert made[5].target == STOP and made[5].weight == 2.0
+    assert (made[5].target, made[5].weight) == (STOP, 2.0)
     assert sorted(made) == [3, 4, 5, *trained]
     assert all((made[p].target, made[p].weight) == (tail[0], 2.0) for p in trained)
 
@@ -194,7 +194,7 @@ def test_loss_is_divided_by_what_the_family_counts():
     sdar = Collator(SDAR_4, seed=0)([e])
     assert sdar["loss_items"] == 7.0  # supervised tokens, masked or not
     converted = Collator(everything_masked(CONVERTED_4), seed=0)([e])
-    assert converted["loss_items"] == pytest.approx(5 + 0.1 * 2)  # the mean over predictions, seed tokens at their weight
+    assert converted["loss_items"] == pytest.approx(5 + 0.1 * 2)  # weights of what is predicted, seed tokens too
 
 
 def test_sdar_weights_are_one_over_the_masking_probability():

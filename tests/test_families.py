@@ -1,5 +1,8 @@
 """Every family against the outputs of its own official code (tests/fixtures), and what tells families apart."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +38,7 @@ def test_logits_equal_the_official_ones(published, name):
     checkpoint = published(name)
     lm = checkpoint.load()
     assert lm.family.name == name
-    assert lm.family.block_size == checkpoint.facts["config"].get("bd_size", checkpoint.facts["config"].get("block_size"))
+    assert lm.family.block_size == {"fast_dllm_v2": 8, "sdar": 4}[name]
     close(lm.logits(whole_blocks(checkpoint.data["ids"], lm.family.block_size)), checkpoint.data["logits_block_causal"])
 
 
@@ -147,7 +150,7 @@ def test_fast_dllm_training_step_through_collator_and_shared_clean_stream(fast, 
 
 def packed_lengths(positions: Tensor) -> list[int]:
     starts = [*positions.eq(0).nonzero().flatten().tolist(), len(positions)]
-    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [end - start for start, end in pairwise(starts)]
 
 
 def test_sdar_packed_attention_is_our_layout_per_sample(published):
@@ -184,7 +187,7 @@ def test_sdar_noise_from_the_official_draws(published):
     for level, n in zip(levels.tolist(), lengths, strict=True):
         maskable = ~data["packed_prompt_mask"][0, start : start + n].numpy()
         # The official code redraws the whole packed row until one of its tokens is masked; our row is one sample.
-        noise = SDAR.noise.__class__(per=SDAR.noise.per, floor=SDAR.noise.floor)
+        noise = replace(SDAR.noise, at_least_one=False)
         sample = draw_mask(maskable, noise, SDAR.block_size, GivenDraws(level, uniform[start : start + n]))
         is_masked.append(sample[0])
         p.append(sample[1])
@@ -203,7 +206,8 @@ def test_sdar_loss_weighs_by_inverse_p_and_divides_by_supervised_tokens():
     is_masked = batch["input_ids"][0, :12] == 99
     assert batch["loss_items"] == 9  # seven tokens and the two pads that fill the last block
     p = 1 / batch["noisy_weight"]
-    assert p.equal(p[:1].expand_as(p)) and 1e-3 < p[0] <= 1
+    assert p.equal(p[:1].expand_as(p))
+    assert 1e-3 < p[0] <= 1
     assert batch["noisy_from"].equal(is_masked.nonzero()[:, 0])  # no shift
 
 

@@ -67,7 +67,9 @@ def test_a_block_without_prefix_scores_nothing_and_gives_no_nan_gradient(query_a
     score = mean_probability(rows, key, prefix_visible(torch.arange(BLOCKS), LENGTH, SIZE), 0.35)
     assert not score[:, :, 0].any()
     score.square().sum().backward()
-    assert rows.grad.isfinite().all() and not rows.grad[:, :, 0].any() and rows.grad[:, :, 1:].any()
+    assert rows.grad.isfinite().all()
+    assert not rows.grad[:, :, 0].any()
+    assert rows.grad[:, :, 1:].any()
 
 
 def test_prefix_ends_before_the_block():
@@ -84,7 +86,8 @@ def test_top_keys_are_the_best_visible_ones_in_order(budget, num_visible, seed):
     index, kept = top_keys(torch.from_numpy(score), budget, torch.from_numpy(visible))
     best = sorted(np.flatnonzero(visible), key=lambda i: -score[i])[:budget]
     assert index[kept].tolist() == sorted(best)
-    assert len(index) == budget and index.tolist() == sorted(index.tolist())
+    assert len(index) == budget
+    assert index.tolist() == sorted(index.tolist())
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])

@@ -39,6 +39,11 @@ _NOUNS = (
 )
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 
+SENTENCE_START = "One of the special magic numbers for"
+SENTENCE_MIDDLE = " {} is: {}"
+SENTENCE_END = "."
+"""The sentence of a needle, cut where no token reaches across."""
+
 INTRODUCTION = (
     "Some special magic numbers are hidden in the following text. Remember them: "
     "there will be questions about them.\n"
@@ -178,6 +183,7 @@ class Dialogue:
             self.head, self.to_answer, self.last_answer = "", "\nAnswer:", ""
             self.to_question = "\n\n"
         self.is_plain = not tokenizer.chat_template
+        (self.head_ids,) = _encode([self.head + INTRODUCTION], tokenizer)
 
     def prompt(self, question: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) before and after the haystack, up to where the answer begins."""
@@ -189,7 +195,7 @@ class Dialogue:
 
         The first piece comes before the haystack, all others after it.
         """
-        texts = [self.head + INTRODUCTION]
+        texts = []
         for i, (asked, answered) in enumerate(turns):
             if self.is_plain:
                 asked, answered = f"Question: {asked}", f" {answered}"
@@ -198,7 +204,7 @@ class Dialogue:
             texts.append(before + asked + self.to_answer)
             texts.append((self.last_answer if is_last else "") + answered + self.stop)
         encoded = _encode(texts, self.tokenizer)
-        return [(ids, i > 0 and i % 2 == 0) for i, ids in enumerate(encoded)]
+        return [(self.head_ids, False), *((ids, i % 2 == 1) for i, ids in enumerate(encoded))]
 
     def _read_template(self) -> tuple[str, str, str, str]:
         """(before the first question, question -> answer, before the last answer, answer -> next).
@@ -336,7 +342,7 @@ def _hide(
 
 def sentence(key: str, value: str) -> str:
     """What stands in the haystack."""
-    return f"One of the special magic numbers for {key} is: {value}."
+    return SENTENCE_START + SENTENCE_MIDDLE.format(key, value) + SENTENCE_END
 
 
 def question(keys: Sequence[str], every: bool = False) -> str:
@@ -365,11 +371,24 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nda
 
 
 def _sentence_ids(needles: Sequence[Needle], tokenizer: PreTrainedTokenizerBase) -> Forms:
+    """Both forms of every sentence; only what differs between sentences is tokenised here."""
+    inline_start, line_start, inline_end, line_end = _sentence_frame(tokenizer)
     sentences = [(n.key, value) for n in needles for value in n.values]
-    texts = [sentence(key, value) for key, value in sentences]
-    ids = _encode([f" {text}" for text in texts] + [f"{text}\n" for text in texts], tokenizer)
-    both = zip(ids[: len(texts)], ids[len(texts) :], strict=True)
-    return dict(zip(sentences, both, strict=True))
+    middles = _encode([SENTENCE_MIDDLE.format(*said) for said in sentences], tokenizer)
+    return {
+        said: (
+            np.concatenate([inline_start, middle, inline_end]),
+            np.concatenate([line_start, middle, line_end]),
+        )
+        for said, middle in zip(sentences, middles, strict=True)
+    }
+
+
+@lru_cache(maxsize=4)
+def _sentence_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, ...]:
+    """Ids of a sentence's start within a line and as a line of its own, then of its ends."""
+    ends = [SENTENCE_END, f"{SENTENCE_END}\n"]
+    return tuple(_encode([f" {SENTENCE_START}", SENTENCE_START, *ends], tokenizer))
 
 
 def _longest_needle(tokenizer: PreTrainedTokenizerBase) -> Needle:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mage_tune.backbone import hidden_states
-from mage_tune.decode.cache import Prefix, PrefixCache
+from mage_tune.decode.cache import OwnBlock, Prefix, PrefixCache
 from mage_tune.selection import packed_rows, unpacked_rows
 
 T = TypeVar("T")
@@ -114,6 +114,17 @@ class Residual:
         return Residual(tuple(x[rows] for x in self.out), tuple(x[rows] for x in self.log_mass))
 
 
+@dataclass(frozen=True)
+class Window:
+    """Which part of the blocks a peek recomputes, and where the rest of their keys and values is kept."""
+
+    own: OwnBlock
+    rows: Tensor
+    """(batch,) int64 rows in `own`."""
+    start: Tensor | None = None
+    """(batch,) int64 first place of each row's window; None recomputes whole blocks."""
+
+
 @dataclass
 class BlockAttention(Generic[T]):
     """Attention of one peek: give its `attend` to the model (see `mage_tune.backbone`).
@@ -125,13 +136,16 @@ class BlockAttention(Generic[T]):
     selection: Selection | None = None
     rule: InStepRule | None = None
     residual: Residual | None = None
+    window: Window | None = None
     observe: Callable[[LayerView], T] | None = None
     observe_from: int = 0
     observed: list[T] = field(default_factory=list)
     _in_step: tuple[Tensor, Tensor] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """(batch, heads, B, D) post-RoPE q, k, v of the block -> (batch, query heads, B, D)."""
+        """(batch, heads, B, D) post-RoPE q, k, v of the block, or of its window -> (batch, query heads, B, D)."""
+        if self.window is not None:
+            key, value = self.window.own.update(layer, self.window.rows, self.window.start, key, value)
         num_heads, size = query.shape[1], query.shape[2]
         rows = packed_rows(query, key.shape[1], size).squeeze(2)
         if self.observe is not None and layer >= self.observe_from:
@@ -217,22 +231,24 @@ def block_forward(
     selection: Selection | None = None,
     rule: InStepRule | None = None,
     residual: Residual | None = None,
+    window: Window | None = None,
 ) -> Tensor:
     """Peek: one block per row against its prefix, without writing. Exact unless a selection or a rule is given.
 
     Args:
         model: bare or with adapters.
         prefix: what each row has before the block; a cache stands for all its rows in full.
-        block_ids: (batch, B) int64.
+        block_ids: (batch, B) int64; the window's tokens alone where there is one with a start.
         selection: keys chosen at an earlier forward.
         rule: chooses keys within this forward.
         residual: only with a selection; attention over the keys not selected, merged in.
+        window: what is recomputed, if not simply everything.
 
     Returns:
         (batch, B, hidden) after the final norm.
     """
     prefix = prefix.prefix() if isinstance(prefix, PrefixCache) else prefix
-    attention: BlockAttention[None] = BlockAttention(prefix, selection, rule, residual)
+    attention: BlockAttention[None] = BlockAttention(prefix, selection, rule, residual, window)
     return _run(model, prefix, block_ids, attention)
 
 
@@ -244,17 +260,21 @@ def observe_forward(
     *,
     first_layer: int = 0,
     selection: Selection | None = None,
+    window: Window | None = None,
 ) -> tuple[Tensor, list[T]]:
     """A peek that also returns `observe(view)` of each layer from `first_layer` on, in order of layers."""
     prefix = prefix.prefix() if isinstance(prefix, PrefixCache) else prefix
-    attention = BlockAttention(prefix, selection, observe=observe, observe_from=first_layer)
+    attention = BlockAttention(prefix, selection, window=window, observe=observe, observe_from=first_layer)
     return _run(model, prefix, block_ids, attention), attention.observed
 
 
 @torch.no_grad()
 def _run(model: nn.Module, prefix: Prefix, block_ids: Tensor, attention: BlockAttention[T]) -> Tensor:
     block_ids = block_ids.to(prefix.cache.keys.device)
-    return hidden_states(model, block_ids, prefix.positions(block_ids.shape[1]), attention.attend)
+    positions = prefix.positions(block_ids.shape[1])
+    if attention.window is not None and attention.window.start is not None:
+        positions = positions + attention.window.start[:, None]
+    return hidden_states(model, block_ids, positions, attention.attend)
 
 
 @dataclass

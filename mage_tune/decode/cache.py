@@ -160,3 +160,32 @@ class Prefix:
     def take(self, batch_rows: Sequence[int]) -> Prefix:
         """Some rows of this prefix, by their place in it."""
         return Prefix(self.cache, tuple(self.rows[i] for i in batch_rows), tuple(self.lengths[i] for i in batch_rows))
+
+
+class OwnBlock:
+    """Keys and values of the blocks in work, from their last whole forward: Fast-dLLM v2's optional in-block cache.
+
+    Between whole forwards only one sub-block of a row is recomputed; the rest of its block stays as it was, which makes
+    this an approximation.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, layer: int, rows: Tensor, start: Tensor | None, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take in what was recomputed; returns keys and values of the whole blocks, (n, KV heads, B, D).
+
+        Args:
+            rows: (n,) int64 rows, as numbered in the first, whole forward of the block.
+            start: (n,) int64 first recomputed place of each row; None for the whole block.
+            key, value: (n, KV heads, W, D).
+        """
+        if layer not in self.layers:
+            self.layers[layer] = key.clone(), value.clone()
+            return key, value
+        places = torch.arange(key.shape[2], device=key.device) + (0 if start is None else start[:, None])
+        for held, new in zip(self.layers[layer], (key, value), strict=True):
+            held[rows[:, None], :, places] = new.transpose(1, 2)
+        return self.layers[layer][0][rows], self.layers[layer][1][rows]

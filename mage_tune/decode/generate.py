@@ -54,6 +54,7 @@ def generate(
     reselect_at: int | Sequence[int] = (),
     residual: bool = False,
     sub_block: int | None = None,
+    block_cache: bool = False,
     acceptance: AcceptanceName = "threshold",
     entropy_bound: float = 0.1,
     temperature: float = 0.0,
@@ -80,6 +81,8 @@ def generate(
         budget, dense_layers, sinks, recent, rule_options: options of a rule given by name (`decode.rules`).
         refresh, reselect_at, residual: see `decode.steps.Levers`.
         sub_block: tokens accepted left to right in groups of this size; the family's by default, block size for none.
+        block_cache: inside a block recompute only the sub-block in work, once its first token is known (Fast-dLLM v2's
+            option; faster and approximate; rules that choose at every step then see that sub-block's queries).
         acceptance: "threshold", "static" or "entropy" (with `entropy_bound`, nats); see `decode.sampler`.
         temperature, top_p, top_k: 0 temperature is greedy, and then top-p and top-k do not apply.
         seed: of the random draws; a row draws the same alone and in a batch. A sequence gives each row its own.
@@ -110,6 +113,7 @@ def generate(
             entropy_bound=entropy_bound,
         ),
         window=window_size(family, sub_block),
+        block_cache=block_cache,
         steps=steps,
         max_new_tokens=max_new_tokens,
         stop_ids=frozenset(family.stop_ids if stop_ids is None else stop_ids),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from mage_tune.backbone import causal_lm
@@ -20,29 +21,29 @@ def read_prompts(lm: BlockDiffusionLM, prompt: Any) -> tuple[list[list[int]], bo
     Raises:
         ValueError: not a prompt, an empty one, or one that needs a tokenizer where there is none.
     """
-    if isinstance(prompt, Tensor):
-        if prompt.dim() not in (1, 2):
-            raise ValueError(f"a prompt tensor has 1 or 2 dimensions, got {prompt.dim()}")
-        return (prompt.tolist() if prompt.dim() == 2 else [prompt.tolist()]), prompt.dim() == 2
-    is_batch = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
-    is_batch = is_batch and not isinstance(prompt[0], (int, Mapping))
-    if is_batch:
-        return [_prompt_ids(lm, one) for one in prompt], True
-    return [_prompt_ids(lm, prompt)], False
+    if isinstance(prompt, (Tensor, np.ndarray)):
+        if prompt.ndim not in (1, 2):
+            raise ValueError(f"a prompt array has 1 or 2 dimensions, got {prompt.ndim}")
+        is_batch, prompt = prompt.ndim == 2, prompt.tolist()
+    else:
+        is_batch = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and not isinstance(prompt[0], (int, Mapping))
+    return [_prompt_ids(lm, one) for one in (prompt if is_batch else [prompt])], is_batch
 
 
 def _prompt_ids(lm: BlockDiffusionLM, prompt: Any) -> list[int]:
-    if isinstance(prompt, Tensor):
+    if isinstance(prompt, (Tensor, np.ndarray)):
         prompt = prompt.tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
+    is_text, is_list = isinstance(prompt, str), isinstance(prompt, (list, tuple))
+    if is_list and all(isinstance(token, int) for token in prompt):
         return list(prompt)
-    is_text = isinstance(prompt, str)
-    if not is_text and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
-        raise ValueError(f"a prompt is token ids, text or chat messages, got {type(prompt).__name__}")
+    if not is_text and not (is_list and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)):
+        raise ValueError(f"a prompt is token ids, text or chat messages (role and content), got {prompt!r:.60}")
     if lm.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer: give token ids")
     if is_text:
         return list(lm.tokenizer(prompt)["input_ids"])
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template: give text or token ids")
     return list(lm.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
 
 

@@ -26,6 +26,7 @@ class Settings:
     acceptance: Acceptance
     window: int
     """Tokens of a sub-block; the block size when there are none."""
+    block_cache: bool
     steps: int | None
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -45,6 +46,10 @@ class Settings:
                 f"steps {self.steps} must be between {block // self.window} (one per sub-block of {self.window}) "
                 f"and the block size {block}"
             )
+        if self.block_cache and self.window == block:
+            raise ValueError("block_cache recomputes one sub-block at a time: give a sub_block smaller than the block")
+        if self.block_cache and self.levers.residual:
+            raise ValueError("block_cache and residual exclude each other: a residual belongs to whole blocks")
         if self.levers.is_used and (self.rule.chosen_every_step or self.rule.name == "exact"):
             raise ValueError(
                 f"refresh, reselect_at and residual need a rule that chooses once per block, not {self.rule.name!r}"
@@ -66,6 +71,7 @@ class Settings:
             "family": self.family.name,
             "block_size": self.family.block_size,
             "sub_block": self.window,
+            "block_cache": self.block_cache,
             "steps": self.steps,
             "max_new_tokens": self.max_new_tokens,
             "stop_ids": sorted(self.stop_ids),

@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mage_tune.decode.attention import (
     LayerView,
     Residual,
     Selection,
+    Window,
     attention_with_log_mass,
     block_forward,
     observe_forward,
 )
-from mage_tune.decode.cache import Prefix
+from mage_tune.decode.cache import OwnBlock, Prefix
 from mage_tune.decode.rules import Observed, Rule, merge_observed
 
 
@@ -80,6 +82,7 @@ def choose_forward(
     residual: bool = False,
     merge_with: Sequence[Observed] | None = None,
     how: Literal["draft", "union"] = "draft",
+    window: Window | None = None,
 ) -> tuple[Tensor, Choice]:
     """An exact peek after which `rule` chooses the keys of later ones.
 
@@ -88,6 +91,7 @@ def choose_forward(
         rule: one that chooses once; one that chooses every step may be asked too, for what it would choose here.
         residual: also keep the attention of these queries over the keys not selected.
         merge_with: what an earlier forward of the same block observed, merged by `how`.
+        window: of whole blocks, to keep their keys and values.
 
     Returns:
         (batch, B, hidden) and the choice.
@@ -96,7 +100,7 @@ def choose_forward(
     def look(view: LayerView) -> tuple[Observed, LayerView | None]:
         return rule.observe(view), view if residual else None
 
-    hidden, looks = observe_forward(model, prefix, block_ids, look, first_layer=rule.dense_layers)
+    hidden, looks = observe_forward(model, prefix, block_ids, look, first_layer=rule.dense_layers, window=window)
     if not looks:
         raise ValueError(f"dense_layers {rule.dense_layers} leave no layer of the model to be sparse")
     observed = [seen for seen, _ in looks]
@@ -119,35 +123,79 @@ def _residual(prefix: Prefix, selection: Selection, views: Sequence[LayerView]) 
 class BlockSteps:
     """State of the rows that denoise one block each, from its first step until the last of them is done."""
 
-    def __init__(self, model: nn.Module, prefix: Prefix, rule: Rule, levers: Levers, max_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix: Prefix,
+        rule: Rule,
+        levers: Levers,
+        max_steps: int,
+        own: OwnBlock | None = None,
+    ) -> None:
         self.model = model
         self.prefix = prefix
         self.rule = rule
         self.levers = levers
+        self.own = own
+        self.rows = list(range(len(prefix)))
         self.step = 0
         self.choice: Choice | None = None
         self.choosing_steps = {rule.select_at(max_steps), *levers.reselect_at}
 
-    def forward(self, block_ids: Tensor) -> tuple[Tensor, list[bool]]:
-        """The next step: (batch, B) ids -> (batch, B, hidden), and which rows saw less than their whole prefix."""
+    def forward(self, block_ids: Tensor, starts: Sequence[int | None] = (), size: int = 0) -> tuple[Tensor, list[bool]]:
+        """The next step.
+
+        Args:
+            block_ids: (batch, B) int64.
+            starts: with an in-block cache, for each row the first place of the sub-block, of `size` tokens, that is
+                enough to recompute; None where the whole block is due.
+
+        Returns:
+            (batch, B, hidden), zeros where nothing was recomputed, and which rows saw less than their whole prefix.
+        """
         step, self.step = self.step, self.step + 1
         shorter = [self.rule.is_sparse(n) for n in self.prefix.lengths]
         exact = [False] * len(shorter)
-        if not any(shorter):
-            return block_forward(self.model, self.prefix, block_ids), exact
-        if self.rule.chosen_every_step:
-            return block_forward(self.model, self.prefix, block_ids, rule=self.rule), shorter
-        if step in self.choosing_steps:
+        everyone = list(range(len(shorter)))
+        if any(shorter) and not self.rule.chosen_every_step and step in self.choosing_steps:
+            window = self._window(everyone, block_ids.device)
             hidden, self.choice = choose_forward(
-                self.model, self.prefix, block_ids, self.rule, residual=self.levers.residual
+                self.model, self.prefix, block_ids, self.rule, residual=self.levers.residual, window=window
             )
             return hidden, exact
-        if self.choice is None:
-            return block_forward(self.model, self.prefix, block_ids), exact
-        chosen = self.choice
+        is_exact = not any(shorter) or (self.choice is None and not self.rule.chosen_every_step)
+        parts = [i for i in everyone if self.own is not None and starts[i] is not None] if step else []
+        whole = [i for i in everyone if i not in parts]
+        if not parts:
+            return self._peek(everyone, block_ids, None, is_exact), exact if is_exact else shorter
+        start = torch.tensor([starts[i] for i in parts], device=block_ids.device)
+        places = start[:, None] + torch.arange(size, device=block_ids.device)
+        part = self._peek(parts, block_ids[parts].gather(1, places), start, is_exact)
+        hidden = part.new_zeros(*block_ids.shape, part.shape[-1])
+        hidden[torch.tensor(parts, device=start.device)[:, None], places] = part
+        if whole:
+            hidden[whole] = self._peek(whole, block_ids[whole], None, is_exact)
+        return hidden, exact if is_exact else shorter
+
+    def _window(self, batch_rows: list[int], device: torch.device, start: Tensor | None = None) -> Window | None:
+        if self.own is None:
+            return None
+        return Window(self.own, torch.tensor([self.rows[i] for i in batch_rows], device=device), start)
+
+    def _peek(self, batch_rows: list[int], ids: Tensor, start: Tensor | None, is_exact: bool) -> Tensor:
+        """One forward of some rows of the batch, of the tokens `ids` from `start` on."""
+        is_all = len(batch_rows) == len(self.prefix)
+        prefix = self.prefix if is_all else self.prefix.take(batch_rows)
+        window = self._window(batch_rows, ids.device, start)
+        if is_exact:
+            return block_forward(self.model, prefix, ids, window=window)
+        if self.rule.chosen_every_step:
+            return block_forward(self.model, prefix, ids, rule=self.rule, window=window)
+        assert self.choice is not None
+        choice = self.choice if is_all else self.choice.take(batch_rows)
         return block_forward(
-            self.model, self.prefix, block_ids, selection=chosen.selection, residual=chosen.residual
-        ), shorter
+            self.model, prefix, ids, selection=choice.selection, residual=choice.residual, window=window
+        )
 
     @property
     def wants_draft(self) -> bool:
@@ -182,5 +230,6 @@ class BlockSteps:
     def take(self, batch_rows: Sequence[int]) -> None:
         """Go on with some of the rows, by their place in the batch."""
         self.prefix = self.prefix.take(batch_rows)
+        self.rows = [self.rows[i] for i in batch_rows]
         if self.choice is not None:
             self.choice = self.choice.take(batch_rows)

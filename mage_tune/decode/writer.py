@@ -13,7 +13,7 @@ from torch import Tensor
 from mage_tune.backbone import output_head
 from mage_tune.blocks import round_up
 from mage_tune.decode.attention import extend
-from mage_tune.decode.cache import PrefixCache
+from mage_tune.decode.cache import OwnBlock, PrefixCache
 from mage_tune.decode.result import FORWARDS, Finish, Progress, RowResult
 from mage_tune.decode.sampler import Sampling, cut_at_string, entropy_of, first_stop
 from mage_tune.decode.settings import Settings
@@ -184,10 +184,17 @@ class Writer:
         """All steps of one block of each row."""
         prefix = self.cache.prefix([row.index for row in rows])
         max_steps = self.settings.steps or self.block_size
-        steps = BlockSteps(self.lm.model, prefix, self.settings.rule, self.settings.levers, max_steps)
+        own = OwnBlock() if self.settings.block_cache else None
+        steps = BlockSteps(self.lm.model, prefix, self.settings.rule, self.settings.levers, max_steps, own)
         turned_sparse: set[int] = set()
         while rows:
-            hidden, is_sparse = steps.forward(self._ids(rows))
+            windows = [row.masked_window(self.settings.window, self.mask_id) for row in rows]
+            # A sub-block is done alone once its first token is known: until then its predictor is outside of it.
+            starts = [
+                None if row.window_start in places else row.window_start
+                for row, places in zip(rows, windows, strict=True)
+            ]
+            hidden, is_sparse = steps.forward(self._ids(rows), starts, self.settings.window)
             for row, sparse, kept in zip(rows, is_sparse, steps.keys_kept(), strict=True):
                 row.forwards["sparse" if sparse else "exact"] += 1
                 if sparse:
@@ -197,7 +204,7 @@ class Writer:
             if steps.wants_draft:
                 for row, refreshed in zip(rows, steps.refresh(self._draft(rows, hidden)), strict=True):
                     row.forwards["exact"] += refreshed
-            self._accept(rows, hidden)
+            self._accept(rows, hidden, windows)
             is_done = [row.settle(self.settings) for row in rows]
             for row, sparse, done in zip(rows, is_sparse, is_done, strict=True):
                 self._report(row, steps.step, sparse, done)
@@ -209,10 +216,9 @@ class Writer:
     def _ids(self, rows: list[Row]) -> Tensor:
         return torch.tensor([row.block for row in rows], device=self.lm.device)
 
-    def _accept(self, rows: list[Row], hidden: Tensor) -> None:
+    def _accept(self, rows: list[Row], hidden: Tensor, windows: list[list[int]]) -> None:
         """Draw a token at each masked place of the rows' windows and keep what the acceptance rule keeps."""
         settings = self.settings
-        windows = [row.masked_window(settings.window, self.mask_id) for row in rows]
         logits = self._logits_at(hidden, windows)
         uniform = None
         if settings.sampling.temperature > 0.0:  # on the CPU, row by row: the same on any device, in any batch

@@ -20,9 +20,9 @@ from PIL import Image
 
 Result = dict[str, Any]
 
-WIDTH = 5.4
+WIDTH = 4.5
 """Inches; at 10 points of text that is readable at 360 pixels."""
-DPI = 180
+DPI = 216
 COLOURS = 64
 """Size of a PNG's palette: enough for smooth edges, a quarter of the bytes."""
 SMOOTH_FROM = 30
@@ -100,8 +100,8 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
             "ce_gap",
             "What sparse attention costs",
             "Cross-entropy of held-out masked tokens, less that of exact attention, against the keys kept per KV head "
-            "(k). Solid: keys chosen at the all-[MASK] step, with 95 % intervals. Dashed: chosen at the step that "
-            "uses them. The closer the solid line to the dashed one, the better the foresight.",
+            "(k). Solid (mask-k): keys chosen at the all-[MASK] step, with 95 % intervals. Dashed (oracle-k): at the "
+            "step that uses them. The closer the solid line to the dashed one, the better the foresight.",
             lambda theme: ce_gap(result, theme),
         ),
         make_plot(
@@ -154,7 +154,7 @@ def png(figure: Figure) -> bytes:
 
 def ce_gap(result: Result, theme: Theme) -> Figure:
     """Cross-entropy above exact attention against k, keys chosen at the all-[MASK] step and at the same step."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
     budgets = np.array(result["settings"]["budgets"], dtype=float)
     axes.axhline(0, color=theme.ink, linewidth=1.2)
@@ -167,8 +167,8 @@ def ce_gap(result: Result, theme: Theme) -> Figure:
         beside = budgets * 2 ** (0.05 * place)  # so that intervals of two arms do not hide each other
         look: dict[str, Any] = {"color": theme.arms[arm], "marker": MARKERS[arm]}
         axes.errorbar(beside, mean, yerr=ends, capsize=3, fmt="none", ecolor=theme.arms[arm])
-        axes.plot(beside, mean, label=f"{arm}, chosen at all-[MASK]", **look)
-        axes.plot(beside, oracle, linestyle="--", markerfacecolor=theme.paper, label=f"{arm}, at the same step", **look)
+        axes.plot(beside, mean, label=f"{arm}, mask-k", **look)
+        axes.plot(beside, oracle, linestyle="--", markerfacecolor=theme.paper, label=f"{arm}, oracle-k", **look)
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [f"{k:.0f}" for k in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -184,7 +184,7 @@ def recall_by_layer(result: Result, theme: Theme) -> Figure:
     """Recall of every layer that is ever sparse; one panel per k, one line per arm."""
     settings = result["settings"]
     budgets, first = settings["budgets"], settings["dense_layers"]
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.6 * len(budgets)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.4 * len(budgets)), layout="constrained")
     panels = figure.subplots(len(budgets), sharex=True, squeeze=False)[:, 0]
     recall = {
         arm: np.mean([block["recall_by_layer"] for block in found["text"]], axis=0)  # (budgets, layers)
@@ -204,7 +204,7 @@ def recall_by_layer(result: Result, theme: Theme) -> Figure:
 
 def needle_bars(result: Result, theme: Theme) -> Figure:
     """Right answers and forwards per block: every task with every kind of attention."""
-    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     panels = figure.subplots(2, sharex=True)
     tasks = result["records"]["base"]["needles"]
     groups = [(task, attention) for task, arms in tasks.items() for attention in arms]
@@ -232,7 +232,7 @@ def needle_bars(result: Result, theme: Theme) -> Figure:
 def training_curves(log: list[dict[str, Any]], theme: Theme) -> Figure:
     """The loss and every term that was on, one panel each; logarithmic where a term falls by more than 20 times."""
     terms = [name for name in TERMS if any(name in line for line in log)]
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.5 * len(terms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.35 * len(terms)), layout="constrained")
     panels = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, terms, strict=True):
         lines = [line for line in log if name in line]

@@ -161,7 +161,7 @@ def probe_window(
         One record per probed block.
     """
     size = lm.family.block_size
-    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(lm.device)[None]
+    ids = torch.tensor(tokens, dtype=torch.int64, device=lm.device)[None]  # a copy: memory maps are read-only
     recorder = PrefixRecorder(RowStreams(len(tokens), size, noisy=0))
     positions = torch.arange(len(tokens), device=lm.device)[None]
     clean = hidden_states(lm.model, ids, positions, recorder.attend)

@@ -279,10 +279,16 @@ def print_tables(result: Result) -> None:
 
 def table(section: Section) -> Table:
     """One section as a rich table."""
-    shown = Table(title=f"{section.title} ({section.units})", box=box.SIMPLE, title_justify="left", pad_edge=False)
+    shown = Table(
+        title=f"{section.title} ({section.units})",
+        box=box.SIMPLE,
+        title_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     has_two_arms = section.rows[0].difference is not None
     titles = [*section.rows[0].arms, *(["change"] if has_two_arms else []), "95 % interval"]
-    shown.add_column("metric", no_wrap=True)
+    shown.add_column("metric")
     for title in titles:
         shown.add_column(title, justify="right", no_wrap=True)
     if has_two_arms:
@@ -327,7 +333,8 @@ def training_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none when there is no such file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    whole = path.read_text().rpartition("\n")[0]  # a killed run may leave its last line unfinished
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def html(result: Result, plots: list[Plot]) -> str:

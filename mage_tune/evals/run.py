@@ -57,12 +57,21 @@ def evaluate(target: str, *, adapter: str | None = None, overrides: list[str] | 
     lm = load(base, adapter=adapter, dtype=dtype)
     check_settings(settings, lm)
     result = measure(lm, settings, has_adapter=adapter is not None)
-    result["settings"] |= {"model": base, "adapter": adapter, "dtype": str(lm.dtype), "seed": SEED}
+    paths = {"text": settings.text, "model": base, "adapter": adapter}
+    result["settings"] |= {name: shown(path) for name, path in paths.items()}
+    result["settings"] |= {"dtype": str(lm.dtype), "seed": SEED}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(result, out)
     print_tables(result)
     return result
+
+
+def shown(path: str | None) -> str | None:
+    """A path as strangers may read it: from the current directory, or its last part alone; Hub ids as they are."""
+    if path is None or not Path(path).is_absolute():
+        return path
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else Path(path).name
 
 
 def model_path(recipe: Recipe, folder: Path) -> str:

@@ -63,7 +63,7 @@ def paired_difference(
         raise ValueError(f"not paired: {len(one)} measurements against {len(other)}")
     if one.dtype == other.dtype == bool and one.size:
         return _bonett_price(one, other)
-    return estimate(one - other, seed)
+    return estimate(one.astype(np.float64) - other, seed)
 
 
 def _wilson(is_right: np.ndarray) -> Estimate:

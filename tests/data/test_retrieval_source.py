@@ -253,6 +253,22 @@ def test_smollm2_pieces_are_tokenised_as_the_whole(smollm2, smollm2_family):
     assert [*before, *text, *after] == whole
 
 
+def test_smollm2_sentences_are_tokenised_as_the_whole(smollm2, smollm2_filler):
+    needles = draw_needles(np.random.default_rng(0), 24)
+    ids, placed = make_haystack(np.random.default_rng(0), smollm2_filler, smollm2, 2048, needles)
+    forms = set()
+    for needle in placed:
+        for value, start in zip(needle.values, needle.starts, strict=True):
+            for form in (" {}", "{}\n"):
+                whole = smollm2(form.format(sentence(needle.key, value)))["input_ids"]
+                if ids[start : start + len(whole)].tolist() == whole:
+                    forms.add(form)
+                    break
+            else:
+                pytest.fail(f"{needle} is tokenised in another way")
+    assert forms == {" {}", "{}\n"}
+
+
 def test_smollm2_rows_are_made_fast(smollm2, smollm2_family, smollm2_filler):
     rows = RetrievalRows(smollm2_filler, smollm2, smollm2_family, 2048)
     begin = time.process_time()

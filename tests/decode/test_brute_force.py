@@ -10,7 +10,13 @@ TOGETHER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("converted", "exact"), ("converted", "mage"), ("converted", "oracle"), ("fast_dllm_v2", "exact"), ("sdar", "mage")],
+    [
+        ("converted", "exact"),
+        ("converted", "mage"),
+        ("converted", "oracle"),
+        ("fast_dllm_v2", "exact"),
+        ("sdar", "mage"),
+    ],
 )
 @TOGETHER
 @given(data=st.data())

@@ -54,8 +54,8 @@ def tiny_lm_static():
     from mage_tune.backbone import random_backbone
     from mage_tune.lm import from_backbone
 
-    shape = dict(architecture="qwen2", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4)
-    shape |= dict(num_kv_heads=2, head_dim=8, tie_embeddings=True, max_positions=512)
+    shape = {"architecture": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2}
+    shape |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "tie_embeddings": True, "max_positions": 512}
     made = {
         size: from_backbone(random_backbone(shape, "converted", mask_id=63, stop_ids=(1,), block_size=size))
         for size in (2, 4, 8)

@@ -1,12 +1,15 @@
 """Generation: batches equal singles, lengths and stops, sampling, counts, and what is refused."""
 
 import json
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from mage_tune.decode.cache import PrefixCache
 from mage_tune.decode.rules import RULES, make_rule
+from mage_tune.lm import BlockDiffusionLM, from_backbone
 
 LENGTHS = (21, 3, 16, 40)
 VARIANTS = {
@@ -19,6 +22,7 @@ VARIANTS = {
     "entropy": {"acceptance": "entropy", "entropy_bound": 0.5},
     "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": 3},
     "sub-blocks": {"sub_block": 2, "attention": "mage"},
+    "in-block cache": {"sub_block": 4, "block_cache": True, "attention": "mage", "reselect_at": 5},
     "chunked": {"prefill_chunk": 8},
 }
 
@@ -87,6 +91,33 @@ def test_sampling_depends_on_the_seed_alone(tiny_lm, prompts):
     assert torch.initial_seed() == torch.initial_seed()
 
 
+@pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar"])
+@pytest.mark.parametrize("attention", ["exact", "mage"])
+def test_the_in_block_cache_is_exact_for_one_layer(tiny_lm, prompts, family, attention):
+    # A layer's keys of the rest of the block can only be stale where the layer before saw the change.
+    lm = tiny_lm(family, torch.float64, block_size=8, num_layers=1)
+    options = {
+        "sub_block": 4,
+        "max_new_tokens": 18,
+        "stop_ids": (),
+        "attention": attention,
+        "budget": 9,
+        "dense_layers": 0,
+    }
+    batch = prompts(LENGTHS)
+    plain = lm.generate(batch, **options)
+    cached = lm.generate(batch, block_cache=True, **options)
+    assert cached.tokens == plain.tokens
+    assert cached.forwards == plain.forwards
+
+
+def test_the_in_block_cache_is_an_approximation(tiny_lm, prompts):
+    lm = tiny_lm("sdar", block_size=8)
+    options = {"sub_block": 4, "max_new_tokens": 40, "stop_ids": ()}
+    batch = prompts(LENGTHS)
+    assert lm.generate(batch, block_cache=True, **options).tokens != lm.generate(batch, **options).tokens
+
+
 def test_counts_and_settings(tiny_lm, prompts):
     lm = tiny_lm(block_size=8)
     long, short = prompts((40, 3))
@@ -126,6 +157,7 @@ def test_kinds_of_prompts(tiny_lm, prompts):
     assert isinstance(expected[0], int)
     assert lm.generate(text, max_new_tokens=6).tokens == expected
     assert lm.generate(torch.tensor(ids), max_new_tokens=6).tokens == expected
+    assert lm.generate(np.array(ids), max_new_tokens=6).tokens == expected
     assert lm.generate(torch.tensor([ids, ids]), max_new_tokens=6).tokens == [expected, expected]
     assert lm.generate([text, ids, torch.tensor(ids)], max_new_tokens=6).tokens == [expected] * 3
     messages = [{"role": "user", "content": "Hi"}]
@@ -175,7 +207,7 @@ def test_progress_tells_every_step(tiny_lm, prompts):
     seen = []
     out = lm.generate(prompt, max_new_tokens=9, on_step=seen.append, threshold=1.0)
     mask_id = lm.family.mask_id
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in pairwise(seen):
         if after.step:
             undecided = [sum(token == mask_id for token in p.block) for p in (before, after)]
             assert after.written == before.written
@@ -208,7 +240,9 @@ def test_training_mode_is_left_as_it_was(tiny_lm, prompts):
         ([5] * 500, {}, "500 tokens plus max_new_tokens 128 exceed the context of 512"),
         ("text", {}, "no tokenizer: give token ids"),
         ([{"role": "user", "content": "hi"}], {}, "no tokenizer: give token ids"),
-        (3.5, {}, "token ids, text or chat messages, got float"),
+        (3.5, {}, "token ids, text or chat messages .*, got 3.5"),
+        ([{"role": "user"}], {}, r"\(role and content\), got \[\{'role'"),
+        (torch.tensor([1.5]), {}, "got \\[1.5\\]"),
         (torch.zeros(1, 2, 3), {}, "1 or 2 dimensions, got 3"),
         ([5], {"stop_strings": ["x"]}, "no tokenizer: stop strings"),
         ([5], {"attention": "qest"}, "unknown selection rule 'qest'; did you mean 'quest'"),
@@ -230,6 +264,12 @@ def test_training_mode_is_left_as_it_was(tiny_lm, prompts):
         ([5], {"reselect_at": 0, "attention": "mage"}, r"reselect_at \[0\]"),
         ([[5], [6]], {"seed": [1]}, "1 seeds for 2 prompts"),
         ([5], {"prefill_chunk": 0}, "prefill_chunk 0"),
+        ([5], {"block_cache": True}, "give a sub_block smaller than the block"),
+        (
+            [5],
+            {"block_cache": True, "sub_block": 4, "attention": "mage", "residual": True},
+            "block_cache and residual exclude each other",
+        ),
     ],
 )
 def test_bad_input(tiny_lm, prompt, options, message):
@@ -240,8 +280,6 @@ def test_bad_input(tiny_lm, prompt, options, message):
 
 
 def test_nan_logits(tiny_backbone, prompts):
-    from mage_tune.lm import from_backbone
-
     lm = from_backbone(tiny_backbone(block_size=4))
     (prompt,) = prompts((10,))
     cache = PrefixCache.for_model(lm.model, 1, 32)
@@ -250,3 +288,15 @@ def test_nan_logits(tiny_backbone, prompts):
     with pytest.raises(ValueError, match="logits are NaN"):
         lm.generate(prompt, max_new_tokens=4, cache=cache)
     assert cache.lengths == [8]
+
+
+def test_an_adapter_writes_as_its_merged_weights_do(tiny_backbone, tiny_adapter, prompts):
+    backbone = tiny_backbone(block_size=4)
+    batch = prompts((21, 6))
+    plain = from_backbone(backbone).generate(batch, max_new_tokens=12, stop_ids=()).tokens
+    adapted = BlockDiffusionLM(tiny_adapter(backbone, train_mask_embedding=True), None, backbone.family)
+    options = {"max_new_tokens": 12, "stop_ids": (), "attention": "mage", "budget": 8, "dense_layers": 1}
+    attached = adapted.generate(batch, **options)
+    merged = BlockDiffusionLM(adapted.model.merge_and_unload(), None, backbone.family)
+    assert merged.generate(batch, **options).tokens == attached.tokens
+    assert attached.tokens != plain

@@ -175,7 +175,9 @@ def test_top_pages(lengths, page, budget, seed):
     for b, n in enumerate(lengths):
         for h in range(2):
             filled = -(-n // page)
-            expected = [i for p in best(score[b, h, :filled].tolist(), counts[b]) for i in range(p * page, p * page + page)]
+            expected = [
+                i for p in best(score[b, h, :filled].tolist(), counts[b]) for i in range(p * page, p * page + page)
+            ]
             assert index[b, h][is_kept[b, h]].tolist() == [i for i in expected if i < n]
             assert not is_kept[b, h][int(is_kept[b, h].sum()) :].any()
 
