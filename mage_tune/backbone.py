@@ -106,7 +106,7 @@ def _install_hook(model: PreTrainedModel) -> PreTrainedModel:
         out = self.model(*args, attention_mask=untouched, attend=attend, use_cache=False, **given)
         return out.last_hidden_state
 
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = MethodType(forward, model)
     return model
 
 
@@ -201,7 +201,13 @@ def load_tokenizer(path: str, config: PreTrainedConfig, revision: str | None = N
 
 
 def random_backbone(
-    shape: dict[str, Any], family: str | Family, *, seed: int = 0, dtype: str = "auto", device: str = "auto", **facts: Any
+    shape: dict[str, Any],
+    family: str | Family,
+    *,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    **facts: Any,
 ) -> Backbone:
     """A randomly initialised model: `shape` holds the fields of `recipe.RandomWeights`. Tokenizer: bytes.
 
@@ -257,8 +263,8 @@ def check_facts(family: Family, vocab_size: int, where: str) -> Family:
         raise ValueError(f"{where}: no stop token is known: give stop_ids")
     if family.pad_id is None:
         family = family.with_overrides(pad_id=family.stop_ids[0])
-    for name, token in [("mask_id", family.mask_id), *(("stop_ids", t) for t in family.stop_ids)]:
-        if not 0 <= token < vocab_size:
+    for name, token in [("mask_id", family.mask_id), *(("stop_ids", stop) for stop in family.stop_ids)]:
+        if token not in range(vocab_size):
             raise ValueError(f"{where}: {name} {token} is outside the vocabulary of {vocab_size}")
     return family
 
@@ -279,6 +285,7 @@ def attach_adapter(
     if init_from is not None:
         model = PeftModel.from_pretrained(backbone.model, init_from, is_trainable=True)
     else:
+        rows = {"embed_tokens": [backbone.family.mask_id]} if train_mask_embedding else None
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
@@ -286,10 +293,10 @@ def attach_adapter(
             target_modules=list(targets or backbone.family.lora_targets),
             use_rslora=rslora,
             use_dora=dora,
-            trainable_token_indices={"embed_tokens": [backbone.family.mask_id]} if train_mask_embedding else None,  # type: ignore[dict-item]
+            trainable_token_indices=rows,  # type: ignore[arg-type]
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(backbone.model, config)  # type: ignore[assignment]
+        model = get_peft_model(backbone.model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

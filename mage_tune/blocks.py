@@ -76,7 +76,11 @@ class StreamLayout:
         key_is_clean = key_stream == self.num_noisy
         query_is_clean = query_stream == self.num_noisy
         own = (query_stream == key_stream) & (query_block == key_block)
-        return own | (key_is_clean & (key_block < query_block)) | (key_is_clean & query_is_clean & (key_block == query_block))
+        return (
+            own
+            | (key_is_clean & (key_block < query_block))
+            | (key_is_clean & query_is_clean & (key_block == query_block))
+        )
 
     def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """(total, total) bool; for tests and short rows."""

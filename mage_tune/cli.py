@@ -148,6 +148,37 @@ def generate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")] = None,
+    family: Annotated[str | None, typer.Option(help="Block-diffusion family, where the config does not tell.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block, where the config does not tell.")] = None,
+    mask_id: Annotated[int | None, typer.Option(help="Id of the mask token, where the config does not tell.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 512,
+    threshold: Annotated[float | None, typer.Option(help="Confidence above which a token is accepted.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    attention: Annotated[str, typer.Option(help="Who picks the keys of later steps: exact, mage, ...")] = "exact",
+    budget: Annotated[int | None, typer.Option(help="Keys kept per KV head by a sparse rule.", min=1)] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model, its blocks shown while they are denoised; /help inside."""
+    from mage_tune.decode.chat import chat as run
+    from mage_tune.lm import load
+
+    lm = load(model, adapter=adapter, family=family, block_size=block_size, mask_id=mask_id)
+    run(
+        lm,
+        system=system,
+        attention=attention,
+        budget=budget,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        temperature=temperature,
+    )
+
+
+@app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],

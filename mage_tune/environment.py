@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from mage_tune import __version__
+
 
 def environment() -> dict[str, Any]:
     """Versions of Python and of every package that matters, the device, and the toolkit's commit."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("mage_tune", *packages):
+    versions: dict[str, Any] = {"python": platform.python_version(), "mage_tune": __version__}
+    for name in packages:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -65,7 +65,9 @@ class ProgressReporter(TrainerCallback):
 
 def summary(logs: dict[str, Any]) -> str:
     """One line of a log record: loss, its terms, gradient norm, speed, memory."""
-    terms = [name for name in ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation") if name in logs]
+    terms = [
+        name for name in ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation") if name in logs
+    ]
     parts = [f"loss {logs['loss']:.4f}"]
     if len(terms) > 1:
         parts += [f"{name} {logs[name]:.4f}" for name in terms]

@@ -204,7 +204,7 @@ def _plain(node: Node, path: KeyPath, places: dict[KeyPath, str], file: str) -> 
         where = f"key '{_dotted(path)}': " if path else ""
         return RecipeError(f"{file}:{at.start_mark.line + 1}: {where}{problem}")
 
-    if len(path) > 16:
+    if len(path) > 8:
         raise error(node, "nested too deeply; a recipe has four levels")
     if isinstance(node, ScalarNode):
         return _scalar(node, error)

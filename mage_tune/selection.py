@@ -23,7 +23,7 @@ def packed_rows(query: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
 
 def unpacked_rows(rows: Tensor, num_heads: int, block_size: int) -> Tensor:
     """The inverse of `packed_rows`: (batch, KV heads, blocks, R, D) -> (batch, query heads, n, D)."""
-    batch, num_kv_heads, blocks, num_rows, head_dim = rows.shape
+    batch, num_kv_heads, blocks, _, head_dim = rows.shape
     group = num_heads // num_kv_heads
     query = rows.reshape(batch, num_kv_heads, blocks, group, block_size, head_dim).transpose(2, 3)
     return query.reshape(batch, num_heads, blocks * block_size, head_dim)

@@ -81,7 +81,7 @@ class StreamAttention:
     observers: Mapping[str, tuple[int, Observer]] = field(default_factory=dict)
     observed: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     needs_gradient: bool = field(default_factory=torch.is_grad_enabled)
-    """Whether the pass is meant to train; layers are checked against it, as re-entrant checkpointing hides gradients."""
+    """Whether the pass is meant to train; layers are checked, as re-entrant checkpointing hides gradients."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(batch, heads, total, D) post-RoPE q, k, v -> (batch, query heads, total, D).

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from mage_tune.backbone import (
     Backbone,
@@ -142,7 +141,9 @@ class StreamLoss:
             observers["attention_alignment"] = (attention.skip_layers, align_attention)
         return observers
 
-    def _sparse_sums(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module) -> dict[str, Tensor]:
+    def _sparse_sums(
+        self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module
+    ) -> dict[str, Tensor]:
         settings = self.objective.sparse_distillation
         row: RowStreams = batch["streams"]
         student = hidden[batch["sparse_from"]]
@@ -157,7 +158,7 @@ class StreamLoss:
                 teacher_first=settings.direction == "teacher_to_student",
             )
             loss = loss + settings.kl_weight * divergence
-        # Blocks that predict something, numbered through the batch (a row is a whole number of blocks), and their prefix.
+        # Blocks that predict something, numbered through the batch, and the length of their prefix.
         blocks = (batch["sparse_from"] // row.block_size).unique()
         is_sparse = blocks * row.block_size % row.total > (settings.budget or 0)
         return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
@@ -325,7 +326,7 @@ def train(recipe: Recipe) -> Path:
     )
     if arguments.process_index == 0:
         write_facts(folder, recipe, backbone)
-        console.print(preview(next(iter(dataset)), backbone.tokenizer))  # type: ignore[call-overload]
+        console.print(preview(next(iter(dataset)), backbone.tokenizer))
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -351,7 +352,9 @@ def load_recipe_backbone(recipe: Recipe) -> Backbone:
         settings.path, family=settings.family, revision=settings.revision, dtype=settings.dtype, **facts
     )
     if recipe.data.length % backbone.family.block_size:
-        raise ValueError(f"data.length {recipe.data.length} is not a multiple of the block size {backbone.family.block_size}")
+        raise ValueError(
+            f"data.length {recipe.data.length} is not a multiple of the block size {backbone.family.block_size}"
+        )
     return backbone
 
 
@@ -387,6 +390,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        use_cpu=not on_gpu,  # else bfloat16 is refused on a machine without a GPU
         bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and on_gpu),
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -400,6 +404,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         average_tokens_across_devices=False,  # our own count of items is already over all processes
+        accelerator_config={"dispatch_batches": False},  # a batch's tensors differ in length: it cannot be sliced
         ddp_find_unused_parameters=False,
     )
 
@@ -445,20 +450,29 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
     """
     if (folder / ADAPTER_FILE).exists():
         raise RecipeError(f"{folder}: holds a finished run; choose another output, or remove the folder to train again")
-    checkpoints = folder / "checkpoints"
     if recipe.train.resume not in ("auto", "never"):
         if not (Path(recipe.train.resume) / "trainer_state.json").is_file():
-            raise RecipeError(f"train.resume: no checkpoint at {recipe.train.resume}; use auto, never or a checkpoint folder")
+            raise RecipeError(
+                f"train.resume: no checkpoint at {recipe.train.resume}; use auto, never or a checkpoint folder"
+            )
         return recipe.train.resume
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(folder / "checkpoints")
     if last is None:
         return None
     if recipe.train.resume == "never":
         raise RecipeError(f"{folder}: holds an unfinished run and train.resume is never; remove the folder or use auto")
     started_with = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").exists() else ""
     if _without_resume(started_with) != _without_resume(resolved_yaml(recipe)):
-        raise RecipeError(f"{folder}: holds an unfinished run of a different recipe; choose another output or remove it")
+        raise RecipeError(
+            f"{folder}: holds an unfinished run of a different recipe; choose another output or remove it"
+        )
     return last
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end, or None: a run may be killed while it saves."""
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # this file comes last
+    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if whole else None
 
 
 def _without_resume(text: str) -> list[str]:

@@ -2,14 +2,15 @@
 
     python scripts/record_run.py runs/smollm2-135m results/alignment_h100.json
 
-Takes the run folder's recipe, versions, training metrics (medians after the first tenth of the steps) and, where
-`mage-tune eval` has been run, its estimates with intervals; the raw records stay in the run folder. `--eval DIR` adds an
-evaluation that lies elsewhere (a merged model's).
+Takes the run folder's versions, training metrics (medians after the first tenth of the steps) and, where
+`mage-tune eval` has been run, its estimates with intervals; the raw records stay in the run folder. `--eval DIR` adds
+an evaluation that lies elsewhere (a merged model's).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ def training_summary(folder: Path) -> dict[str, Any]:
     """Steps, minutes, median throughput and the last value of every logged term."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steady = lines[len(lines) // 10 :]
-    per_line = [lines[0]["step"]] + [b["step"] - a["step"] for a, b in zip(lines, lines[1:], strict=False)]
+    per_line = [lines[0]["step"]] + [b["step"] - a["step"] for a, b in itertools.pairwise(lines)]
     seconds = sum(line["step_s"] * steps for line, steps in zip(lines, per_line, strict=True))
     return {
         "steps": lines[-1]["step"],
@@ -48,16 +49,24 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="finished run folder")
     parser.add_argument("out", type=Path, help="JSON file to write, in results/")
     parser.add_argument("--eval", type=Path, help="folder with results.json; RUN/eval by default")
+    parser.add_argument("--evaluated", help="what was evaluated, for the record; RUN by default")
+    parser.add_argument("--commit", help="the toolkit's commit, where the run was made on a copy without its history")
     arguments = parser.parse_args()
+    arguments.evaluated = arguments.evaluated or arguments.run
     evaluation = arguments.eval or arguments.run / "eval"
     for needed in (arguments.run / "metrics.jsonl", evaluation / "results.json"):
         if not needed.is_file():
             print(f"error: {needed}: not found; train and evaluate first", file=sys.stderr)
             return 2
+    recipe = load_recipe(arguments.run / "recipe.yaml")
+    environment = json.loads((arguments.run / "versions.json").read_text())
     record = {
-        "command": f"mage-tune train recipes/{load_recipe(arguments.run / 'recipe.yaml').name}.yaml && mage-tune eval ...",
-        "environment": json.loads((arguments.run / "versions.json").read_text()),
-        "recipe": load_recipe(arguments.run / "recipe.yaml").model_dump(mode="json"),
+        "commands": [f"mage-tune train recipes/{recipe.name}.yaml", f"mage-tune eval {arguments.evaluated}"],
+        "environment": environment | ({"commit": arguments.commit} if arguments.commit else {}),
+        "objective": recipe.objective.model_dump(mode="json"),
+        "adapter": recipe.adapter.model_dump(mode="json"),
+        "length": recipe.data.length,
+        "train": recipe.train.model_dump(mode="json"),
         "training": training_summary(arguments.run),
         "evaluation": evaluation_summary(evaluation),
     }

@@ -102,12 +102,14 @@ def tiny_backbone():
 
 @pytest.fixture(scope="session")
 def converted_checkpoint(tmp_path_factory):
-    """converted_checkpoint(backbone) -> a new folder with the weights and the family facts in config.json."""
+    """converted_checkpoint(backbone) -> a new folder: weights, family facts in config.json, tokenizer if any."""
 
     def save(backbone: Backbone) -> Path:
         folder = tmp_path_factory.mktemp("converted")
         backbone.model.config.mage_tune = family_facts(backbone.family)
         backbone.model.save_pretrained(folder)
+        if backbone.tokenizer is not None:
+            backbone.tokenizer.save_pretrained(folder)
         return folder
 
     return save

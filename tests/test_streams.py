@@ -46,6 +46,28 @@ def test_exact_streams_equal_attention_under_the_dense_mask(num_noisy):
     close(exact_attention(query, key, value, layout, SCALING), dense)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize(("num_noisy", "block_size"), [(0, 32), (1, 4), (2, 32), (1, 128)])
+def test_flex_attention_equals_the_dense_mask_with_gradients(num_noisy, block_size):
+    layout = StreamLayout(num_noisy, 256, block_size)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(BATCH, HEADS, layout.total, 32, generator=generator)
+    key, value = torch.randn(2, BATCH, KV_HEADS, layout.total, 32, generator=generator)
+    grad = torch.randn(query.shape, generator=generator)
+
+    def results(device: str, dtype: torch.dtype, attend) -> list[Tensor]:
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in (query, key, value)]
+        out = attend(*leaves)
+        out.backward(grad.to(out))
+        return [x.detach().cpu().double() for x in (out, *(leaf.grad for leaf in leaves))]
+
+    ours = results("cuda", torch.float32, lambda q, k, v: exact_attention(q, k, v, layout, SCALING))
+    exact = results("cpu", torch.float64, lambda q, k, v: masked_attention(q, k, v, layout.dense_mask()))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
+
+
 def slow_row_attention(row: RowStreams, query: Tensor, key: Tensor, value: Tensor, budget: int) -> np.ndarray:
     """Float64 loops over every query of a row: what it sees, then softmax over exactly that."""
     q, k, v = (x.double().numpy() for x in (query, key, value))

@@ -21,8 +21,8 @@ from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
 from mage_tune.recipe import Recipe, RecipeError
 from mage_tune.recipe_schema import Objective, Train
-from mage_tune.streams import RowStreams, StreamAttention
-from mage_tune.trainer import ADAPTER_FILE, StreamLoss, learning_rate_share, save_adapter, train
+from mage_tune.streams import LayerView, RowStreams, StreamAttention
+from mage_tune.trainer import ADAPTER_FILE, StreamLoss, last_checkpoint, learning_rate_share, save_adapter, train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exactness is promised on a CPU")
 
@@ -160,6 +160,74 @@ def test_a_batch_in_which_nothing_was_hidden_still_steps(tiny_backbone, tiny_ada
     assert sums["diffusion"].item() == sums["sparse_distillation"].item() == 0.0
 
 
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def alignment_views(model, batch: dict) -> list[LayerView]:
+    """What every layer shows of a batch, in the order of the layers."""
+    views: list[LayerView] = []
+
+    def keep(view: LayerView) -> Tensor:
+        views.append(view)
+        return torch.zeros(())
+
+    with torch.no_grad():
+        attention = StreamAttention(batch["streams"], observers={"keep": (0, keep)})
+        hidden_states(model, batch["input_ids"], batch["position_ids"], attention.attend)
+    return views
+
+
+def mean_attention(rows: Tensor, key: Tensor, prefix: int, scaling: float) -> np.ndarray:
+    """(R, D) queries, (N, D) keys -> (prefix,) mean probability in float64."""
+    logits = scaling * rows.double().numpy() @ key[:prefix].double().numpy().T
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (p / p.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def distance(x: np.ndarray, y: np.ndarray, name: str) -> float:
+    return 1 - x @ y / np.sqrt((x @ x) * (y @ y)) if name == "cosine" else (x - y) @ (x - y) / (y @ y)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "direction"), [("cosine", "later_to_mask"), ("squared", "mask_to_later")])
+def test_alignment_terms_equal_loops_over_layers_views_blocks_and_heads(
+    tiny_backbone, tiny_adapter, make_examples, family, name, direction
+):
+    backbone = tiny_backbone(family)
+    model = tiny_adapter(backbone)
+    loss = StreamLoss(
+        objective(
+            "query_alignment",
+            "attention_alignment",
+            query_alignment={"distance": name},
+            attention_alignment={"direction": direction},
+        )
+    )
+    batch = Collator(backbone.family, 0, **loss.collator_needs())(make_examples((24, 3), (18, 5)))
+    views, size = alignment_views(model, batch), backbone.family.block_size
+    query, attention = [], []  # sums per layer
+    for layer in views:
+        query.append(0.0)
+        attention.append(0.0)
+        for v, b, h, j in np.ndindex(*batch["is_counted"].shape[:2], 2, batch["is_counted"].shape[2]):
+            at_mask, later = layer.mask_rows[b, h, j], layer.later_rows[v][b, h, j]
+            if batch["is_counted"][v, b, j]:
+                query[-1] += distance(*(rows.double().numpy().mean(axis=0) for rows in (at_mask, later)), name) / 2
+            sampled = batch["sampled_blocks"][b][batch["is_sampled"][v, b]]
+            if j in sampled.tolist():
+                p, q = (
+                    mean_attention(rows, layer.clean_key[b, h], j * size, layer.scaling) for rows in (later, at_mask)
+                )
+                first, second = (p, q) if direction == "later_to_mask" else (q, p)
+                attention[-1] += (first * np.log((first + 1e-8) / (second + 1e-8))).sum() / 2
+    sums = loss.sums(model, batch)
+    assert sums["query_alignment"].item() == pytest.approx(np.mean(query[1:]), rel=1e-4)  # skip_layers is 1
+    assert sums["attention_alignment"].item() == pytest.approx(np.mean(attention), rel=1e-4)  # and 0 here
+    counts = {"query_alignment": batch["is_counted"].sum(), "attention_alignment": batch["is_sampled"].sum()}
+    assert loss.items(batch).tolist() == [float(count) for count in counts.values()]
+    assert all(count > 0 for count in counts.values())
+
+
 # --- sparse distillation ---------------------------------------------------------------------------------------------
 
 
@@ -175,7 +243,7 @@ def divergence(measure, examples: list[Example], fresh: bool, **settings) -> flo
 
 @pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
 def test_an_untuned_student_with_every_key_is_its_teacher(measure, make_examples, direction):
-    examples = make_examples((24, 3))
+    examples = make_examples((24, 3), (24, 0), (20, 5))
     same = {"direction": direction, "budget": 24}
     assert abs(divergence(measure, examples, fresh=True, teacher="adapters_off", **same)) < 1e-3
     assert divergence(measure, examples, fresh=False, teacher="adapters_off", **same) > 0.1, "the teacher is untuned"
@@ -202,6 +270,19 @@ def test_the_teacher_is_the_exact_untuned_model(tiny_backbone, tiny_adapter, mak
     # and these rows are the ones that predict the sparse stream's targets
     uniform = cross_entropy_sum(teacher, output_head(untuned), batch["sparse_target"], batch["sparse_weight"])
     assert uniform.isfinite()
+
+
+def test_sparse_distillation_is_cross_entropy_plus_weighted_kl_over_its_own_items(measure, make_examples):
+    def sparse(kl_weight: float) -> tuple[float, float]:
+        goal = objective("diffusion", "sparse_distillation", sparse_distillation={"kl_weight": kl_weight})
+        sums, items, _ = measure(goal, make_examples((24, 3), (20, 5)))
+        assert items["sparse_distillation"] < items["diffusion"], "seed tokens are not predicted by the sparse stream"
+        return sums["sparse_distillation"], items["sparse_distillation"]
+
+    (plain, items), (once, _), (thrice, _) = (sparse(kl_weight) for kl_weight in (0.0, 1.0, 3.0))
+    assert items == int(items)  # unit weights: one per hidden token
+    assert thrice - plain == pytest.approx(3 * (once - plain), rel=1e-4)
+    assert once > plain + 0.1
 
 
 def test_share_of_really_sparse_blocks_is_over_those_that_predict(tiny_backbone, tiny_adapter, make_examples):
@@ -291,33 +372,66 @@ class Interrupted(Exception):
     pass
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe, monkeypatch):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(recipe, micro_step) runs until that micro-step fails, and returns the unfinished folder."""
+
+    def run(unlucky: Recipe, micro_step: int) -> Path:
+        compute_loss, calls = trainer_module.MageTrainer.compute_loss, iter(range(1, 100))
+
+        def fail_in_time(*args, **kwargs):
+            if next(calls) == micro_step:
+                raise Interrupted
+            return compute_loss(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module.MageTrainer, "compute_loss", fail_in_time)
+            with pytest.raises(Interrupted):
+                train(unlucky)
+        assert not (Path(unlucky.output) / ADAPTER_FILE).exists()
+        return Path(unlucky.output)
+
+    return run
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, interrupted):
     settings = {
-        "adapter": {"rank": 4, "alpha": 8.0, "dropout": 0.1},  # dropout: the state of torch's generator counts too
-        "train": {"steps": 6, "rows": 2, "save_every": 2},
+        "adapter": {"dropout": 0.1},  # so that the state of torch's generator counts too
+        "train": {"steps": 5, "rows": 2, "accumulation": 2, "save_every": 2},
     }
     whole = train(recipe("whole", **settings))
+    folder = interrupted(recipe("parts", **settings), micro_step=8)
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]  # step 3 will be done again
+    assert train(recipe("parts", **settings)) == folder
+    assert metrics(folder) == metrics(whole)
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
 
-    steps = trainer_module.MageTrainer.training_step
-    done = []
 
-    def fail_in_step_six(self, *args, **kwargs):
-        done.append(None)
-        if len(done) == 6:
-            raise Interrupted
-        return steps(self, *args, **kwargs)
+def test_a_streamed_source_trains_and_resumes_too(recipe, interrupted, tiny_backbone, converted_checkpoint, tmp_path):
+    text = "\n".join(json.dumps({"text": f"line {i} " * (2 + i % 7)}) for i in range(40))
+    (tmp_path / "text.jsonl").write_text(text)
+    source = {"kind": "text", "path": str(tmp_path / "text.jsonl"), "streaming": True}
+    settings = {
+        "model": {"path": str(converted_checkpoint(tiny_backbone(vocab_size=264)))},
+        "data": {"sources": [source]},
+        "train": {"steps": 3, "rows": 2, "save_every": 2},
+    }
+    whole = train(recipe("whole", **settings))
+    folder = interrupted(recipe("parts", **settings), micro_step=3)
+    train(recipe("parts", **settings))
+    assert metrics(folder) == metrics(whole)
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
 
-    monkeypatch.setattr(trainer_module.MageTrainer, "training_step", fail_in_step_six)
-    with pytest.raises(Interrupted):
-        train(recipe("parts", **settings))
-    monkeypatch.undo()
-    folder = Path(recipe("parts").output)
-    assert not (folder / ADAPTER_FILE).exists()
-    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5]  # step 5 is done again
-    resumed = train(recipe("parts", **settings))
 
-    assert metrics(resumed) == metrics(whole)
-    assert (resumed / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "checkpoints") is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    assert last_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_workers_change_nothing(recipe):
@@ -332,6 +446,19 @@ def test_recomputing_activations_changes_nothing(recipe):
     recomputed = train(recipe("recomputed", train={"steps": 2, "checkpointing": "non_reentrant"}))
     assert metrics(recomputed) == metrics(plain)
     assert (recomputed / ADAPTER_FILE).read_bytes() == (plain / ADAPTER_FILE).read_bytes()
+
+
+def test_rows_come_in_the_order_of_the_schedule(recipe, monkeypatch):
+    seen = []
+    sums = StreamLoss.sums
+
+    def watch(self, model, batch):
+        seen.extend(batch["rows"].tolist())
+        return sums(self, model, batch)
+
+    monkeypatch.setattr(StreamLoss, "sums", watch)
+    train(recipe(train={"rows": 2, "accumulation": 2}))
+    assert seen == list(range(12))
 
 
 def test_the_seed_changes_the_run(recipe):

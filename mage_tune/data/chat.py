@@ -100,9 +100,7 @@ class ChatStream:
 
     def __iter__(self) -> Iterator[Row]:
         records = read_records(self.path, self.split, streaming=True)
-        yield from chat_rows(
-            records, self.path, self.tokenizer, self.family, self.length, self.overlong
-        )
+        yield from chat_rows(records, self.path, self.tokenizer, self.family, self.length, self.overlong)
 
 
 def chat_rows(
@@ -145,9 +143,7 @@ def chat_rows(
         log.warning("%s: %d conversations used; %s (%s)", path, kept, left_out, overlong)
 
 
-def conversation_pieces(
-    record: Record, tokenizer: PreTrainedTokenizerBase, stop: int
-) -> list[Piece]:
+def conversation_pieces(record: Record, tokenizer: PreTrainedTokenizerBase, stop: int) -> list[Piece]:
     """Prompts and answers of one record, in order, ending with the last answer's stop token.
 
     Empty when there is no answer in it.
@@ -158,8 +154,7 @@ def conversation_pieces(
     if "prompt" not in fields or "completion" not in fields:
         known = ", ".join(map(repr, fields)) or "none"
         raise ValueError(
-            f"{record.place}: neither 'messages' nor 'prompt' and 'completion' "
-            f"(the record's fields: {known})"
+            f"{record.place}: neither 'messages' nor 'prompt' and 'completion' (the record's fields: {known})"
         )
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -244,9 +239,7 @@ def render(
     return str(text)
 
 
-def _row(
-    pieces: Sequence[Piece], place: str, tokenizer: PreTrainedTokenizerBase, family: Family
-) -> Row | None:
+def _row(pieces: Sequence[Piece], place: str, tokenizer: PreTrainedTokenizerBase, family: Family) -> Row | None:
     """Ids and weights of the pieces; None when there are none."""
     if not pieces:
         return None
@@ -276,9 +269,7 @@ def _as_messages(record: Record) -> dict[str, Any]:
         if name == "messages" and not isinstance(found, list):
             raise ValueError(f"{record.place}: 'messages' is not a list of messages")
         if isinstance(found, list) and (not found or not is_conversational({name: found})):
-            raise ValueError(
-                f"{record.place}: {name!r} is not a list of {{role, content}} messages"
-            )
+            raise ValueError(f"{record.place}: {name!r} is not a list of {{role, content}} messages")
     return fields
 
 

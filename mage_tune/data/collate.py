@@ -108,6 +108,7 @@ class Collator:
         if family.complementary_views:
             supervised_but_masked.append(maskable_positions(weight, family) & ~is_masked)
         at_start = all_mask_positions(weight, family)
+        assert family.mask_id is not None  # backbone.check_facts
         noisy = [np.where(m, family.mask_id, tokens) for m in supervised_but_masked]
         start = np.where(at_start, family.mask_id, tokens)
         pieces = [noisy[0]] * self.sparse_stream + [start] * self.mask_stream + noisy[: self.views] + [tokens]
@@ -141,6 +142,7 @@ class Collator:
         num_tokens = len(example.input_ids)
         block_end = num_blocks(num_tokens, family.block_size) * family.block_size
         fill = {"mask": family.mask_id, "pad": family.pad_id, "stop": family.stop_ids[0]}[family.fill]
+        assert fill is not None and family.pad_id is not None  # backbone.check_facts
         tokens = np.full(length, family.pad_id, dtype=np.int64)
         weight = np.zeros(length, dtype=np.float32)
         tokens[:num_tokens], weight[:num_tokens] = example.input_ids, example.loss_weight

@@ -114,9 +114,7 @@ def _jsonl_records(file: Path) -> Iterator[Record]:
             try:
                 fields = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{place}: not valid JSON: {error.msg} at column {error.colno}"
-                ) from None
+                raise ValueError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(fields, dict):
                 raise ValueError(f"{place}: expected one JSON object, found {_kind(fields)}")
             yield Record(place, fields)
@@ -158,9 +156,7 @@ def _hub_records(path: str, split: str, streaming: bool) -> Iterator[Record]:
         found = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except Exception as error:  # the Hub client raises a dozen kinds, all of them the outside world
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: no such file or folder, and not loaded from the Hub ({reason})"
-        ) from error
+        raise ValueError(f"{path}: no such file or folder, and not loaded from the Hub ({reason})") from error
     for number, fields in enumerate(found, start=1):
         yield Record(f"{path}[{split}]:{number}", dict(fields))
 

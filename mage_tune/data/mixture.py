@@ -68,9 +68,7 @@ class Mixture(Dataset[Example]):
         seed: decides the order of rows inside each source; the schedule of sources is fixed.
     """
 
-    def __init__(
-        self, sources: Sequence[Rows], shares: Sequence[float], num_rows: int, seed: int
-    ) -> None:
+    def __init__(self, sources: Sequence[Rows], shares: Sequence[float], num_rows: int, seed: int) -> None:
         self.shuffled = [Shuffled(rows, seed, s) for s, rows in enumerate(sources)]
         self.source, self.position = make_schedule(shares, num_rows)
 
@@ -90,9 +88,7 @@ class StreamingMixture(IterableDataset[Example]):
         ValueError: (while reading) a stream has no rows, or several workers would read the same.
     """
 
-    def __init__(
-        self, sources: Sequence[Rows | Stream], shares: Sequence[float], num_rows: int, seed: int
-    ) -> None:
+    def __init__(self, sources: Sequence[Rows | Stream], shares: Sequence[float], num_rows: int, seed: int) -> None:
         self.sources, self.seed = sources, seed
         self.source, self.position = make_schedule(shares, num_rows)
 
@@ -104,9 +100,7 @@ class StreamingMixture(IterableDataset[Example]):
         if worker is not None and worker.num_workers > 1:
             raise ValueError("a streaming source is read by one worker: set data.workers to 0 or 1")
         readers = [
-            map(Shuffled(rows, self.seed, s).__getitem__, range(ENDLESS))
-            if isinstance(rows, Rows)
-            else _repeat(rows)
+            map(Shuffled(rows, self.seed, s).__getitem__, range(ENDLESS)) if isinstance(rows, Rows) else _repeat(rows)
             for s, rows in enumerate(self.sources)
         ]
         for n, source in enumerate(self.source):
@@ -194,9 +188,7 @@ def build_mixture(
         mixture = StreamingMixture(sources, shares, num_rows, seed)
     if not any((e.loss_weight > 0).any() for e in itertools.islice(iter(mixture), PROBED_ROWS)):
         paths = ", ".join(source.path for source in data.sources)
-        raise ValueError(
-            f"zero supervised tokens in the first {min(PROBED_ROWS, num_rows)} rows of {paths}"
-        )
+        raise ValueError(f"zero supervised tokens in the first {min(PROBED_ROWS, num_rows)} rows of {paths}")
     return mixture
 
 

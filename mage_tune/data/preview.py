@@ -38,9 +38,7 @@ def _headline(example: Example) -> str:
     return f"row {example.row}: {len(example.input_ids)} tokens, {supervised} supervised"
 
 
-def _stretches(
-    example: Example, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[tuple[float, str]]:
+def _stretches(example: Example, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[float, str]]:
     """(weight, text) of each stretch of tokens of the same weight."""
     weight = example.loss_weight
     borders = np.flatnonzero(np.diff(weight)) + 1

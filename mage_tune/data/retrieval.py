@@ -45,8 +45,7 @@ SENTENCE_END = "."
 """The sentence of a needle, cut where no token reaches across."""
 
 INTRODUCTION = (
-    "Some special magic numbers are hidden in the following text. Remember them: "
-    "there will be questions about them.\n"
+    "Some special magic numbers are hidden in the following text. Remember them: there will be questions about them.\n"
 )
 """Ends with one line break: two at the end of a piece would become one token, as they do nowhere
 inside a prompt."""
@@ -121,9 +120,7 @@ class RetrievalRows:
         forms = _sentence_ids(needles, self.tokenizer)
         needles, spoken = self._fit(needles, turns, forms)
         num_spoken = sum(len(ids) for ids, _ in spoken)
-        haystack, _ = _hide(
-            rng, self.filler, self.tokenizer, self.length - num_spoken, needles, forms
-        )
+        haystack, _ = _hide(rng, self.filler, self.tokenizer, self.length - num_spoken, needles, forms)
         (head, _), *rest = spoken
         ids = [head, haystack, *(ids for ids, _ in rest)]
         is_answer = [False, False, *(is_answer for _, is_answer in rest)]
@@ -261,9 +258,7 @@ def draw_needles(rng: np.random.Generator, count: int) -> list[Needle]:
     return doubles + [Needle(key, (values.pop(),)) for key in keys[num_double:]]
 
 
-def draw_turns(
-    rng: np.random.Generator, needles: Sequence[Needle], count: int
-) -> list[list[Needle]]:
+def draw_turns(rng: np.random.Generator, needles: Sequence[Needle], count: int) -> list[list[Needle]]:
     """Which needles each turn asks for: at most `count` turns, at least one, no needle twice."""
     order = [needles[i] for i in rng.permutation(len(needles))]
     single = [n for n in order if len(n.values) == 1]
@@ -364,9 +359,7 @@ def _ask(turn: Sequence[Needle]) -> str:
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
 
@@ -417,9 +410,7 @@ def _window(filler: np.ndarray, first: int, length: int) -> np.ndarray:
     return filler[np.arange(first, first + length) % len(filler)].astype(np.int64)
 
 
-def _snap(
-    window: np.ndarray, wanted: np.ndarray, tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray]:
+def _snap(window: np.ndarray, wanted: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """The border nearest to each wanted position, and whether it is a line's beginning.
 
     A border is before a line, or between a full stop and a space; anywhere if there is none.

@@ -66,9 +66,7 @@ class TextStream:
         self.tokenizer, self.family, self.length = tokenizer, family, length
 
     def __iter__(self) -> Iterator[Row]:
-        parts = document_ids(
-            self.path, self.tokenizer, self.family, self.split, self.field, streaming=True
-        )
+        parts = document_ids(self.path, self.tokenizer, self.family, self.split, self.field, streaming=True)
         held = np.empty(0, dtype=np.uint32)
         is_empty = True
         for part in parts:
@@ -106,9 +104,7 @@ def load_ids(
     if path.endswith(".npy"):
         return _load_npy(path, tokenizer, family)
     if tokenizer is None:
-        raise ValueError(
-            f"{path}: this model comes without a tokenizer; give an .npy file of token ids instead"
-        )
+        raise ValueError(f"{path}: this model comes without a tokenizer; give an .npy file of token ids instead")
     parts = list(document_ids(path, tokenizer, family, split, field))
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
 

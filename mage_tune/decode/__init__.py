@@ -1,4 +1,14 @@
-"""Decoding: the prefix cache, selection rules, samplers, and block-wise generation.
+"""Decoding: write text block by block, exactly or with sparse attention to the prefix.
 
-`cache` <- `attention` <- `rules` <- `steps` <- `generate` <- `chat`; `sampler` stands beside them.
+    cache       memory of clean keys and values; prefixes of it, as forward passes see them
+    attention   the two forward passes: extend the cache, peek at a block (exact, or sparse under a selection)
+    rules       who picks the keys of sparse steps
+    steps       the forwards of one block, under a rule and its levers
+    sampler     from logits to accepted tokens
+    generate    the function behind `lm.generate`; settings, prompts, writer and result are its parts
+    chat        a conversation on a terminal or a pipe
+    context     rope scaling, on request
+
+Arrows: chat -> generate -> writer -> steps -> rules -> attention -> cache. Everything here is plain PyTorch and the
+oracle of the kernels.
 """

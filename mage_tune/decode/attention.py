@@ -82,7 +82,7 @@ class Selection:
 
 
 class InStepRule(Protocol):
-    """A rule that chooses keys anew in every forward, layer by layer (Quest, TidalDecode, the oracle)."""
+    """A rule that chooses keys anew in every forward, layer by layer (Quest, TidalDecode)."""
 
     @property
     def dense_layers(self) -> int:

@@ -259,7 +259,7 @@ class _LiveAnswer(_PlainAnswer):
         drawing = Text(written[len(self.printed) :])
         drawing.append_text(self._block(progress.block))
         kind = "sparse" if progress.is_sparse else "exact"
-        state = f"step {progress.step}, {kind}" if progress.step else "prompt read"
+        state = f"step {progress.step}, {kind}" if progress.step else "new block"
         self.live.update(Text("\n").join([drawing, Text(state, style="dim")]), refresh=True)
 
     def _block(self, block: tuple[int, ...]) -> Text:

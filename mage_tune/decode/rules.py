@@ -9,7 +9,7 @@
     sparse-dllm logit of the block-average query, mean over *all* heads    token, pooled   once, second step
     quest       upper bound from per-page min and max of the keys          16-key page     every step, every layer
     tidal       logit of the block's queries, mean, in two source layers   token           every step, two layers
-    oracle      as mage, at the very step that uses it                     token           every step, every layer
+    oracle      as mage, at the very step that uses it                     token           every step
 
 All of them are ports to block diffusion: the B positions of a block and the G query heads of a KV head share one list,
 chosen among the cached prefix; the block itself is always seen and does not count. A prefix that fits in the budget is
@@ -50,7 +50,8 @@ class Rule:
     """
 
     name: ClassVar[str]
-    chosen_every_step: ClassVar[bool] = False
+    chooses: ClassVar[Literal["never", "once", "step", "layer"]] = "once"
+    """When: once per block; at every step, from a look at exact attention; or within every step, layer by layer."""
 
     budget: int = 512
     """Prefix keys per KV head that a sparse step sees, sinks and recent window included."""
@@ -122,7 +123,7 @@ class Rule:
         """Name and every option, for results."""
         return {"rule": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
-    # In-step rules (`chosen_every_step`) choose inside the forward pass, one layer at a time: attention.InStepRule.
+    # Rules that choose in every layer do so inside the forward pass: attention.InStepRule.
 
     @property
     def sources_are_exact(self) -> bool:
@@ -135,6 +136,8 @@ class Rule:
 
     def choose_in_step(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """(index, is_kept), each (batch, KV heads, k), for one layer of this step."""
+        if self.chooses != "layer":
+            raise ValueError(f"rule {self.name!r} chooses from an exact forward: use steps.choose_forward")
         selection = self.choose([self.observe(view)], view.lengths)
         return selection.index[0], selection.is_kept[0]
 
@@ -144,6 +147,7 @@ class Exact(Rule):
     """Every step sees the whole prefix."""
 
     name: ClassVar[str] = "exact"
+    chooses: ClassVar = "never"
 
     def is_sparse(self, prefix_length: int) -> bool:
         """Never."""
@@ -295,7 +299,7 @@ class Quest(Rule):
     """Quest (arXiv 2406.10774): per page the largest logit its min and max keys allow, averaged over the rows."""
 
     name: ClassVar[str] = "quest"
-    chosen_every_step: ClassVar[bool] = True
+    chooses: ClassVar = "layer"
     page_size: int = 16
 
     @property
@@ -316,7 +320,7 @@ class Tidal(Rule):
     """
 
     name: ClassVar[str] = "tidal"
-    chosen_every_step: ClassVar[bool] = True
+    chooses: ClassVar = "layer"
     correction_layer: int = 13
     """The second source; the first is the layer right after the dense ones."""
 
@@ -336,10 +340,10 @@ class Tidal(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Mage):
-    """MAGE's score taken at the very step that uses it: what a perfect forecast at the all-[MASK] step would give."""
+    """MAGE's score from exact attention at the very step that uses it: what a perfect forecast would choose."""
 
     name: ClassVar[str] = "oracle"
-    chosen_every_step: ClassVar[bool] = True
+    chooses: ClassVar = "step"
 
 
 RULES: dict[str, type[Rule]] = {

@@ -50,7 +50,7 @@ class Settings:
             raise ValueError("block_cache recomputes one sub-block at a time: give a sub_block smaller than the block")
         if self.block_cache and self.levers.residual:
             raise ValueError("block_cache and residual exclude each other: a residual belongs to whole blocks")
-        if self.levers.is_used and (self.rule.chosen_every_step or self.rule.name == "exact"):
+        if self.levers.is_used and self.rule.chooses != "once":
             raise ValueError(
                 f"refresh, reselect_at and residual need a rule that chooses once per block, not {self.rule.name!r}"
             )

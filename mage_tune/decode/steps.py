@@ -4,8 +4,8 @@ With a rule that chooses once, a block runs
 
     exact ... exact+choose | draft? | sparse ... sparse        (again exact+choose at each step of `reselect_at`)
 
-and with a rule that chooses every step all forwards are sparse. A batch whose prefixes all fit in the budget runs the
-exact code throughout.
+with a rule that chooses every step all steps are sparse (the oracle's exact looks are free: it is no method but a
+bound). A batch whose prefixes all fit in the budget runs the exact code throughout.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def choose_forward(
 
     Args:
         model, prefix, block_ids: as for `attention.block_forward`.
-        rule: one that chooses once; one that chooses every step may be asked too, for what it would choose here.
+        rule: any but exact; one that chooses inside a step is asked what these exact queries would make it choose.
         residual: also keep the attention of these queries over the keys not selected.
         merge_with: what an earlier forward of the same block observed, merged by `how`.
         window: of whole blocks, to keep their keys and values.
@@ -156,40 +156,47 @@ class BlockSteps:
         step, self.step = self.step, self.step + 1
         shorter = [self.rule.is_sparse(n) for n in self.prefix.lengths]
         exact = [False] * len(shorter)
-        everyone = list(range(len(shorter)))
-        if any(shorter) and not self.rule.chosen_every_step and step in self.choosing_steps:
-            window = self._window(everyone, block_ids.device)
+        if any(shorter) and self.rule.chooses == "once" and step in self.choosing_steps:
+            window = self._window(range(len(shorter)), block_ids.device)
             hidden, self.choice = choose_forward(
                 self.model, self.prefix, block_ids, self.rule, residual=self.levers.residual, window=window
             )
             return hidden, exact
-        is_exact = not any(shorter) or (self.choice is None and not self.rule.chosen_every_step)
-        parts = [i for i in everyone if self.own is not None and starts[i] is not None] if step else []
-        whole = [i for i in everyone if i not in parts]
-        if not parts:
-            return self._peek(everyone, block_ids, None, is_exact), exact if is_exact else shorter
-        start = torch.tensor([starts[i] for i in parts], device=block_ids.device)
-        places = start[:, None] + torch.arange(size, device=block_ids.device)
-        part = self._peek(parts, block_ids[parts].gather(1, places), start, is_exact)
-        hidden = part.new_zeros(*block_ids.shape, part.shape[-1])
-        hidden[torch.tensor(parts, device=start.device)[:, None], places] = part
-        if whole:
-            hidden[whole] = self._peek(whole, block_ids[whole], None, is_exact)
-        return hidden, exact if is_exact else shorter
+        if any(shorter) and self.rule.chooses == "step":
+            _, self.choice = choose_forward(self.model, self.prefix, block_ids, self.rule)
+        is_sparse = any(shorter) and (self.choice is not None or self.rule.chooses == "layer")
+        windows = [None] * len(shorter) if self.own is None or step == 0 else starts
+        hidden = self._peek_windows(block_ids, windows, size, is_sparse)
+        return hidden, shorter if is_sparse else exact
 
-    def _window(self, batch_rows: list[int], device: torch.device, start: Tensor | None = None) -> Window | None:
+    def _peek_windows(self, ids: Tensor, starts: Sequence[int | None], size: int, is_sparse: bool) -> Tensor:
+        """(batch, B, hidden): whole blocks where the start is None, else only `size` tokens from the start on."""
+        whole = [i for i, start in enumerate(starts) if start is None]
+        parts = [i for i, start in enumerate(starts) if start is not None]
+        if not parts:
+            return self._peek(whole, ids, None, is_sparse)
+        start = torch.tensor([starts[i] for i in parts], device=ids.device)
+        places = start[:, None] + torch.arange(size, device=ids.device)
+        part = self._peek(parts, ids[parts].gather(1, places), start, is_sparse)
+        hidden = part.new_zeros(*ids.shape, part.shape[-1])
+        hidden[torch.tensor(parts, device=ids.device)[:, None], places] = part
+        if whole:
+            hidden[whole] = self._peek(whole, ids[whole], None, is_sparse)
+        return hidden
+
+    def _window(self, batch_rows: Sequence[int], device: torch.device, start: Tensor | None = None) -> Window | None:
         if self.own is None:
             return None
         return Window(self.own, torch.tensor([self.rows[i] for i in batch_rows], device=device), start)
 
-    def _peek(self, batch_rows: list[int], ids: Tensor, start: Tensor | None, is_exact: bool) -> Tensor:
+    def _peek(self, batch_rows: Sequence[int], ids: Tensor, start: Tensor | None, is_sparse: bool) -> Tensor:
         """One forward of some rows of the batch, of the tokens `ids` from `start` on."""
         is_all = len(batch_rows) == len(self.prefix)
         prefix = self.prefix if is_all else self.prefix.take(batch_rows)
         window = self._window(batch_rows, ids.device, start)
-        if is_exact:
+        if not is_sparse:
             return block_forward(self.model, prefix, ids, window=window)
-        if self.rule.chosen_every_step:
+        if self.rule.chooses == "layer":
             return block_forward(self.model, prefix, ids, rule=self.rule, window=window)
         assert self.choice is not None
         choice = self.choice if is_all else self.choice.take(batch_rows)

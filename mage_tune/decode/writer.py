@@ -150,9 +150,9 @@ class Writer:
                 row.lay_out(self.block_size, self.mask_id)
                 self._report(row, 0, False, False)
             self._denoise(rows)
-            for row in rows:
-                self._end_at_string(row)
+            self._end_at_strings(rows)
             self._append([row for row in rows if row.finish is None], "commit")
+            self._end_at_strings(rows)  # a seed may have completed one
 
     def _append(self, rows: list[Row], kind: str) -> None:
         """Cache the whole blocks that rows have and the cache has not; seed the next block where the family does."""
@@ -195,10 +195,11 @@ class Writer:
                 for row, places in zip(rows, windows, strict=True)
             ]
             hidden, is_sparse = steps.forward(self._ids(rows), starts, self.settings.window)
-            for row, sparse, kept in zip(rows, is_sparse, steps.keys_kept(), strict=True):
-                row.forwards["sparse" if sparse else "exact"] += 1
-                if sparse:
-                    row.keys_kept += kept
+            kept = steps.keys_kept() if any(is_sparse) else []
+            for i, row in enumerate(rows):
+                row.forwards["sparse" if is_sparse[i] else "exact"] += 1
+                if is_sparse[i]:
+                    row.keys_kept += kept[i]
                     row.sparse_blocks += row.index not in turned_sparse
                     turned_sparse.add(row.index)
             if steps.wants_draft:
@@ -271,13 +272,15 @@ class Writer:
             raise ValueError("the model's logits are NaN or infinite: check the weights, the adapter and the dtype")
         return tokens, confidence
 
-    def _end_at_string(self, row: Row) -> None:
+    def _end_at_strings(self, rows: list[Row]) -> None:
+        """Cut the rows whose text holds a stop string after the token that completes it."""
         if not self.settings.stop_strings:
             return
         assert self.lm.tokenizer is not None
-        end = cut_at_string(row.new_tokens, self.settings.stop_strings, self.lm.tokenizer.decode)
-        if end is not None:
-            row.tokens, row.finish = row.tokens[: len(row.prompt) + end], "stop_string"
+        for row in rows:
+            end = cut_at_string(row.new_tokens, self.settings.stop_strings, self.lm.tokenizer.decode)
+            if end is not None:
+                row.tokens, row.finish = row.tokens[: len(row.prompt) + end], "stop_string"
 
     def _report(self, row: Row, step: int, is_sparse: bool, is_finished: bool) -> None:
         if self.on_step is not None:

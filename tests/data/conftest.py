@@ -24,9 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def family():
-    return CONVERTED.with_overrides(
-        block_size=4, mask_id=MASK_ID, stop_ids=(STOP_ID,), pad_id=PAD_ID
-    )
+    return CONVERTED.with_overrides(block_size=4, mask_id=MASK_ID, stop_ids=(STOP_ID,), pad_id=PAD_ID)
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,7 @@ def test_only_answers_and_their_stop_tokens_are_supervised(write, tokenizer, fam
 
 def test_messages_after_the_last_answer_are_left_out(write, tokenizer, family):
     more = [{"role": "tool", "content": "42"}, {"role": "user", "content": "And?"}]
-    rows = ChatRows(
-        write("a.jsonl", [{"messages": [SYSTEM, *TURNS, *more]}]), tokenizer, family, 1000
-    )
+    rows = ChatRows(write("a.jsonl", [{"messages": [SYSTEM, *TURNS, *more]}]), tokenizer, family, 1000)
     assert tokenizer.decode(rows[0][0]) == RENDERED
 
 
@@ -74,9 +72,7 @@ def test_prompt_and_completion_strings_need_no_template(write, family):
     assert supervised(rows[0], tokenizer) == ["2<|im_end|>"]
 
 
-def test_only_the_completion_of_prompt_and_completion_messages_is_supervised(
-    write, tokenizer, family
-):
+def test_only_the_completion_of_prompt_and_completion_messages_is_supervised(write, tokenizer, family):
     path = write("a.jsonl", [{"prompt": [SYSTEM, *TURNS[:3]], "completion": TURNS[3:]}])
     rows = ChatRows(path, tokenizer, family, 1000)
     assert tokenizer.decode(rows[0][0]) == RENDERED

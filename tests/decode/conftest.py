@@ -44,13 +44,11 @@ def prompts():
 class DenseAttention:
     """The whole sequence under one dense mask; the last block may be limited to chosen prefix keys.
 
-    `choose_from` "now" limits each layer to keys chosen by its own queries in this very forward; "before" to `keys`,
-    those chosen at an earlier one. Whatever is attended, each layer's choice is recorded in `chosen`.
+    What each layer would choose from this forward is recorded in `chosen`; `keys`, chosen at another, limit this one.
     """
 
-    def __init__(self, size, budget, dense_layers, choose_from=None, keys=None):
-        self.size, self.budget, self.dense_layers = size, budget, dense_layers
-        self.choose_from, self.keys, self.chosen = choose_from, keys, {}
+    def __init__(self, size, budget, dense_layers, keys=None):
+        self.size, self.budget, self.dense_layers, self.keys, self.chosen = size, budget, dense_layers, keys, {}
 
     def attend(self, layer, query, key, value, scaling):
         heads, length = query.shape[1], query.shape[2]
@@ -66,9 +64,8 @@ class DenseAttention:
             for head, row in enumerate(mass.tolist()):
                 best = sorted(range(start), key=lambda i: -row[i])[: self.budget]
                 self.chosen[layer][head, best] = True
-            if self.choose_from is not None:
-                keys = self.chosen if self.choose_from == "now" else self.keys
-                seen[:, start:, :start] &= keys[layer].repeat_interleave(group, dim=0)[:, None]
+            if self.keys is not None:
+                seen[:, start:, :start] &= self.keys[layer].repeat_interleave(group, dim=0)[:, None]
         return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value)[None]
 
 
@@ -103,10 +100,12 @@ def brute_force():
             ids = text[:start] + text[start:] + [mask_id] * (start + size - len(text))
             keys = None
             while mask_id in ids:
-                source = {"exact": None, "oracle": "now", "mage": None if keys is None else "before"}[rule]
-                attention = DenseAttention(size, budget, dense_layers, source, keys)
-                out = logits(ids, attention)
-                keys = attention.chosen if keys is None else keys
+                look = DenseAttention(size, budget, dense_layers)
+                out = logits(ids, look)
+                if rule == "oracle" or (rule == "mage" and keys is not None):
+                    keys = look.chosen if rule == "oracle" else keys
+                    out = logits(ids, DenseAttention(size, budget, dense_layers, keys))
+                keys = look.chosen if keys is None else keys
                 steps += 1
                 first = ids.index(mask_id)
                 begin = start + (first - start) // window * window

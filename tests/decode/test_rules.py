@@ -15,7 +15,7 @@ from mage_tune.decode.steps import BlockSteps, Levers, choose_forward
 from mage_tune.selection import choose_keys, top_keys, top_pages
 
 LENGTHS = (37, 21)
-ONCE = [name for name, rule in RULES.items() if not rule.chosen_every_step and name != "exact"]
+ONCE = [name for name, rule in RULES.items() if rule.chooses == "once"]
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_a_row_within_the_budget_keeps_its_whole_prefix(document, name):
     _, choice = choose_forward(lm.model, cache.prefix(), blocks, rule)
     assert choice.selection.as_mask(24)[:, 1, :, :8].all()
     exact = block_forward(lm.model, cache, blocks)
-    if rule.chosen_every_step:
+    if rule.chooses == "layer":
         sparse = block_forward(lm.model, cache, blocks, rule=rule)
     else:
         sparse = block_forward(lm.model, cache, blocks, selection=choice.selection)
@@ -243,13 +243,15 @@ def test_a_sparse_step_is_blind_to_what_was_not_chosen(document, name):
     assert torch.equal(block_forward(lm.model, cache, blocks, selection=choice.selection), sparse)
 
 
-def test_the_oracle_is_mage_where_mage_looks(document):
+def test_the_oracle_is_mage_with_a_look_at_every_step(document):
     lm, cache, blocks = document
-    # With one sparse layer, the oracle's queries are those of an exact step.
-    mage, oracle = (make_rule(name, budget=8, dense_layers=3) for name in ("mage", "oracle"))
-    _, choice = choose_forward(lm.model, cache.prefix(), blocks, mage)
-    by_mage = block_forward(lm.model, cache, blocks, selection=choice.selection)
-    assert torch.equal(by_mage, block_forward(lm.model, cache, blocks, rule=oracle))
+    mage, oracle = (make_rule(name, budget=8, dense_layers=1) for name in ("mage", "oracle"))
+    steps = BlockSteps(lm.model, cache.prefix(), oracle, Levers(), 4)
+    for fill in (63, 7, 9):
+        blocks[:, 2:] = fill
+        _, choice = choose_forward(lm.model, cache.prefix(), blocks, mage)
+        by_mage = block_forward(lm.model, cache, blocks, selection=choice.selection)
+        assert torch.equal(steps.forward(blocks)[0], by_mage)
 
 
 def test_the_residual_makes_the_choosing_step_exact(document):
@@ -346,6 +348,12 @@ def test_a_rule_keeps_its_own_options():
     assert make_rule(Mage(budget=7)) == Mage(budget=7)
     with pytest.raises(ValueError, match="give budget to the 'mage' rule itself"):
         make_rule(Mage(budget=7), budget=8)
+
+
+def test_a_rule_that_needs_an_exact_look_cannot_choose_within_a_step(document):
+    lm, cache, blocks = document
+    with pytest.raises(ValueError, match="'oracle' chooses from an exact forward"):
+        block_forward(lm.model, cache, blocks, rule=make_rule("oracle", budget=8))
 
 
 def test_no_layer_left_to_be_sparse(document):

@@ -8,11 +8,18 @@ import torch.nn.functional as F
 from mage_tune.backbone import hidden_states, output_head
 from mage_tune.blocks import noise_generator
 from mage_tune.evals.probes import REVEALS, block_variants, probe_text, probe_window
+from mage_tune.families import get_family
 from mage_tune.lm import from_backbone
 
 SEED, DENSE, BLOCKS = 5, 1, 12
-FAMILIES = [("converted", "llama", 8), ("sdar", "qwen3", 4), ("fast_dllm_v2", "qwen2", 8)]
-"""With token shift and a seed token, without either, and once more as the first with another architecture."""
+SEEDLESS = get_family("converted").with_overrides(name="seedless", seed_token=False)
+"""Token shift where the first token of a block is masked too, so the clean token before it has to predict."""
+FAMILIES = [
+    pytest.param("converted", "llama", 8, id="converted"),
+    pytest.param("fast_dllm_v2", "qwen2", 8, id="fast_dllm_v2"),
+    pytest.param("sdar", "qwen3", 4, id="sdar"),
+    pytest.param(SEEDLESS, "llama", 8, id="seedless"),
+]
 
 
 def sequence_pass(lm, tokens, chosen):
