@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,8 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code; errors for people are one line."""
     arguments = sys.argv[1:] if argv is None else argv
+    # PEFT 0.21 asks transformers 5.23 by a name that is going away; nothing the user could do about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
         typer.main.get_command(app)(args=arguments, prog_name="mage-tune")
     except SystemExit as done:

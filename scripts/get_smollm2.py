@@ -152,6 +152,7 @@ def dequantise(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     restore_digit_splitting(tokenizer)
     tokenizer.model_max_length = CONTEXT
+    tokenizer.clean_up_tokenization_spaces = False  # meant for WordPiece; harms byte-level text
     tokenizer.save_pretrained(target)
     drop_local_paths(target / "tokenizer_config.json")
 

@@ -7,12 +7,12 @@ survives k = 8); asking for several at once needs keys that the all-[MASK] step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mage_tune.data.retrieval import Dialogue, draw_needles, filler_ids, make_haystack, question
+from mage_tune.decode.cache import PrefixCache
 from mage_tune.lm import BlockDiffusionLM
 
 TASKS = {"single": 1, "multi": 3}
@@ -68,28 +68,23 @@ def needle_prompts(
 
 def ask(
     lm: BlockDiffusionLM,
-    prompts: Sequence[NeedlePrompt],
+    prompt: NeedlePrompt,
     *,
     attention: str,
     budget: int,
     dense_layers: int,
     threshold: float,
-    on_answer: Callable[[], None] = lambda: None,
-) -> list[NeedleResult]:
-    """Answer every prompt greedily, one at a time, and score it."""
+    cache: PrefixCache | None = None,
+) -> NeedleResult:
+    """Answer one prompt greedily and score the answer; a kept `cache` lets several rules share reading the prompt."""
     options = {} if attention == "exact" else {"budget": budget, "dense_layers": dense_layers}
-    results = []
-    for prompt in prompts:
-        out = lm.generate(
-            prompt.input_ids.tolist(),
-            max_new_tokens=lm.family.block_size * (1 + len(prompt.expected)),
-            attention=attention,
-            threshold=threshold,
-            **options,
-        )
-        found = [value in out.text for value in prompt.expected]
-        results.append(
-            NeedleResult(prompt.expected, all(found), float(np.mean(found)), out.text, out.forwards_per_block)
-        )
-        on_answer()
-    return results
+    out = lm.generate(
+        prompt.input_ids.tolist(),
+        max_new_tokens=lm.family.block_size * (1 + len(prompt.expected)),
+        attention=attention,
+        threshold=threshold,
+        cache=cache,
+        **options,
+    )
+    found = [value in out.text for value in prompt.expected]
+    return NeedleResult(prompt.expected, all(found), float(np.mean(found)), out.text, out.forwards_per_block)

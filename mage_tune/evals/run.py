@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mage_tune.backbone import causal_lm
 from mage_tune.data.text import load_ids
+from mage_tune.decode.cache import PrefixCache
 from mage_tune.environment import environment
 from mage_tune.evals.needles import TASKS, NeedlePrompt, NeedleResult, ask, needle_prompts
 from mage_tune.evals.probes import ProbedBlock, probe_text
@@ -158,18 +159,23 @@ def needle_arms(
     lm: BlockDiffusionLM, prompts: list[NeedlePrompt], settings: Eval, advance: Callable[[], None]
 ) -> dict[str, list[NeedleResult]]:
     """One needle task with exact and with sparse attention."""
-    return {
-        attention: ask(
-            lm,
-            prompts,
-            attention=attention,
-            budget=settings.needle_budget,
-            dense_layers=settings.dense_layers,
-            threshold=settings.threshold,
-            on_answer=advance,
-        )
-        for attention in ATTENTIONS
-    }
+    answers: dict[str, list[NeedleResult]] = {attention: [] for attention in ATTENTIONS}
+    for prompt in prompts:
+        cache = PrefixCache.for_model(lm.model, 1, 0)  # grows as needed; read once for all rules
+        for attention, results in answers.items():
+            results.append(
+                ask(
+                    lm,
+                    prompt,
+                    attention=attention,
+                    budget=settings.needle_budget,
+                    dense_layers=settings.dense_layers,
+                    threshold=settings.threshold,
+                    cache=cache,
+                )
+            )
+            advance()
+    return answers
 
 
 def cut_windows(tokens: np.ndarray, length: int, count: int) -> list[np.ndarray]:

@@ -29,19 +29,17 @@ OPTIONS = {"budget": 16, "dense_layers": 2, "threshold": 0.9}
 def test_an_answer_is_right_when_every_value_is_in_it():
     lm = Parrot("They are 111111, 222222.", "222222", "none of them")
     prompts = [NeedlePrompt(np.array([i, 5]), ("111111", "222222")) for i in range(3)]
-    ticks = []
-    results = ask(lm, prompts, attention="mage", on_answer=lambda: ticks.append(1), **OPTIONS)
+    results = [ask(lm, prompt, attention="mage", **OPTIONS) for prompt in prompts]
     assert [r.is_right for r in results] == [True, False, False]
     assert [r.share_found for r in results] == [1.0, 0.5, 0.0]
     assert [r.text for r in results] == lm.sentences
     assert all(r.expected == ("111111", "222222") and r.forwards_per_block == 2.5 for r in results)
     assert [prompt for prompt, _ in lm.asked] == [[0, 5], [1, 5], [2, 5]]
-    assert len(ticks) == 3
 
 
 def test_only_sparse_attention_is_given_a_budget():
     lm = Parrot("a", "b")
-    prompt = [NeedlePrompt(np.array([5]), ("111111",))]
+    prompt = NeedlePrompt(np.array([5]), ("111111",))
     ask(lm, prompt, attention="exact", **OPTIONS)
     ask(lm, prompt, attention="mage", **OPTIONS)
     (_, exact), (_, sparse) = lm.asked

@@ -1,0 +1,697 @@
+"""Measure every selection rule on the same windows and questions, and write results/selection_rules.json.
+
+    python scripts/compare_rules.py models/smollm2-135m-diffusion data/debian-docs/heldout.u16.npy \\
+        results/selection_rules.json --seconds 240
+    python scripts/compare_rules.py --table results/selection_rules.json     # the Markdown tables of the docs
+
+Text probes are those of `mage-tune eval` (windows, blocks, reveals and seeds of evals/probes.py): cross-entropy of the
+still masked tokens of partly revealed blocks, exact and under each rule, and recall, the share of the keys that this
+very step would choose by mean probability that the rule lets it see. A rule that chooses at a step s > 0 (sparsed,
+sparse-dllm, a re-selection) does so on the block with its first s tokens revealed, one a step, as with a block's worth
+of steps; a refresh chooses on the argmax draft of the all-[MASK] step; quest, tidal and oracle choose at the very step.
+
+Needles are multi-needle questions answered by `lm.generate`. A question or window is a unit, and every rule gets every
+unit before the next one is begun, so that stopping when the time is up favours none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mage_tune import load
+from mage_tune.backbone import output_head
+from mage_tune.blocks import noise_generator
+from mage_tune.data.text import load_ids
+from mage_tune.decode.attention import LayerView, Residual, Selection, block_forward, extend, observe_forward
+from mage_tune.decode.cache import Prefix, PrefixCache
+from mage_tune.decode.rules import Observed, Rule, make_rule, merge_observed
+from mage_tune.decode.steps import Choice, Levers, choose_forward
+from mage_tune.environment import environment
+from mage_tune.evals.needles import TASKS, NeedlePrompt, needle_prompts
+from mage_tune.evals.probes import REVEALS, block_variants, masked_cross_entropy
+from mage_tune.evals.run import SEED, check_settings, cut_windows, progress, shown
+from mage_tune.evals.stats import estimate, paired_difference
+from mage_tune.lm import BlockDiffusionLM
+from mage_tune.recipe import Eval
+
+T = TypeVar("T")
+State = int | Literal["draft", "later"]
+"""What a block looks like when a rule chooses: after so many steps, as its argmax draft, or as it is probed."""
+Key = tuple[str, int | None]
+"""(label of an arm, budget): one row of the result; exact has no budget."""
+
+PROBE_SHARE = 0.4
+"""Share of the time for text probes; needles get what they leave."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A rule and the levers on top of it."""
+
+    label: str
+    rule: str
+    levers: Levers = field(default_factory=Levers)
+
+    def at(self, budget: int, dense_layers: int) -> Rule:
+        """The rule with a budget of keys per KV head; equal for all rules, those with a ratio of their own too."""
+        return make_rule(self.rule, budget=budget, dense_layers=dense_layers)
+
+    def state(self, rule: Rule, block_size: int) -> State:
+        """What the block looks like when its final choice is made; not for rules that choose within a step."""
+        if rule.chooses == "step":
+            return "later"
+        if self.levers.refresh is not None:
+            return "draft"
+        return max(rule.select_at(block_size), *self.levers.reselect_at, 0)
+
+
+EXACT = Arm("exact", "exact")
+MAGE = Arm("mage", "mage")
+SPARSE = (
+    MAGE,
+    Arm("mage, draft refresh", "mage", Levers(refresh="draft")),
+    Arm("mage, union refresh", "mage", Levers(refresh="union")),
+    Arm("mage, residual", "mage", Levers(residual=True)),
+    Arm("mage, re-selected at step 2", "mage", Levers(reselect_at=(2,))),
+    Arm("mage-v1", "mage-v1"),
+    Arm("mean-query", "mean-query"),
+    Arm("quest", "quest"),
+    Arm("sparsed, equal budget", "sparsed"),
+    Arm("tidal", "tidal"),
+    Arm("sparse-dllm, equal budget", "sparse-dllm"),
+    Arm("oracle", "oracle"),
+)
+DEFINITIONS = {
+    "recall": "share of the keys that this step's own exact attention ranks highest (mean probability over block and "
+    "group, top k per KV head) that the rule lets the step see; mean over layers from dense_layers on, KV heads, "
+    "reveals and blocks; a layer that sees everything (tidal's sources) counts 1",
+    "ce": "cross-entropy of the still masked tokens, nats; mean over reveals and blocks of a window",
+    "ce_gap": "ce under the rule minus ce with exact attention, paired by window",
+    "needles": "share of questions whose answer holds all values asked for",
+    "found": "share of the values asked for that the answer holds",
+    "forwards_per_block": "exact and sparse denoising forwards per block; a refresh counts as one",
+    "sparse_steps": "share of those forwards that were sparse; sparsed is dense for the first 20 % of a block's 32 "
+    "steps, so where blocks finish sooner it answers (almost) exactly",
+    "choosing step": "in the probes a rule that chooses at step s does so with s tokens of the block revealed",
+    "intervals": "95 %: bootstrap over units; Wilson for shares of questions, Bonett-Price for their differences",
+}
+
+
+# Text probes
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One row of the result on one window."""
+
+    ce: float
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some blocks of a held-out window behind their cached prefixes.
+
+    Rows of a probe pass are ordered by budget (where several are stacked), then block, then reveal.
+    """
+
+    lm: BlockDiffusionLM
+    cache: PrefixCache
+    lengths: list[int]
+    """Prefix of each block."""
+    before: Tensor
+    """(blocks, hidden) clean hidden state of the token before each block."""
+    truth: Tensor
+    """(blocks, B) int64."""
+    start: Tensor
+    """(blocks, B) int64: the all-[MASK] step."""
+    order: list[np.ndarray]
+    """Places of each block in the order in which they are revealed."""
+    later: Tensor
+    """(blocks * reveals, B) int64: the steps that are probed."""
+    is_masked: Tensor
+    """Same shape, bool."""
+
+    def prefix(self, per_block: int = 1, times: int = 1) -> Prefix:
+        """What every row sees: each block `per_block` times in a row, all of that `times` times."""
+        lengths = [length for length in self.lengths for _ in range(per_block)] * times
+        return self.cache.prefix([0] * len(lengths), lengths)
+
+    def at_step(self, step: int) -> Tensor:
+        """(blocks, B) int64: every block with so many tokens revealed, but no more than at the first probed step."""
+        ids = self.start.clone()
+        first = self.is_masked[:: len(REVEALS)]
+        for row, places in enumerate(self.order):
+            known = torch.from_numpy(places[:step]).to(ids.device)
+            known = known[~first[row, known]]
+            ids[row, known] = self.truth[row, known]
+        return ids
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        """(blocks, B) int64: the all-[MASK] blocks filled with their most probable tokens; hidden: (blocks, B, H)."""
+        if self.lm.family.token_shift:
+            hidden = torch.cat([self.before[:, None], hidden[:, :-1]], dim=1)
+        logits, mask_id = output_head(self.lm.model)(hidden), self.lm.family.mask_id
+        assert mask_id is not None
+        logits[..., mask_id] = float("-inf")
+        return torch.where(self.start.eq(mask_id), logits.argmax(-1), self.start)
+
+    def losses(self, hidden: Tensor, times: int = 1) -> list[float]:
+        """Mean cross-entropy of each of `times` stacks of probed rows; hidden: (times * blocks * reveals, B, H)."""
+        stacks = hidden.unflatten(0, (times, len(self.lengths), len(REVEALS)))
+        masks = self.is_masked.unflatten(0, (len(self.lengths), len(REVEALS)))
+        losses = [
+            masked_cross_entropy(
+                self.lm,
+                stacks[:, block].flatten(0, 1),
+                self.before[block : block + 1],
+                masks[block].repeat(times, 1),
+                self.truth[block],
+            )
+            for block in range(len(self.lengths))
+        ]
+        return torch.stack(losses, dim=1).view(times, -1).mean(-1).tolist()
+
+
+@torch.no_grad()
+def open_window(lm: BlockDiffusionLM, tokens: np.ndarray, number: int, blocks: int) -> Window:
+    """Cache a window and lay out its probed blocks, those of `evals.probes.probe_window`."""
+    size, total = lm.family.block_size, len(tokens) // lm.family.block_size
+    numbers = sorted(set(np.linspace(total // 2, total - 1, blocks).round().astype(int).tolist()))
+    cache = PrefixCache.for_model(lm.model, 1, len(tokens))
+    before, rows, masks = [], [], []
+    for block in numbers:
+        hidden, _ = extend(lm.model, cache, [tokens[len(cache.ids[0]) : block * size].tolist()], size)
+        before.append(hidden[0])
+        ids, is_masked = block_variants(lm.family, np.asarray(tokens), block, (), noise_generator(SEED, number, block))
+        rows.append(torch.from_numpy(ids).to(lm.device))
+        masks.append(is_masked)
+    truth = np.stack([tokens[block * size : (block + 1) * size] for block in numbers]).astype(np.int64)
+    return Window(
+        lm,
+        cache,
+        [block * size for block in numbers],
+        torch.stack(before),
+        torch.from_numpy(truth).to(lm.device),
+        torch.stack([ids[0] for ids in rows]),
+        [
+            noise_generator(SEED, number, block).permutation(np.flatnonzero(mask[0]))
+            for block, mask in zip(numbers, masks, strict=True)
+        ],
+        torch.cat([ids[1:] for ids in rows]),
+        torch.from_numpy(np.concatenate([mask[1:] for mask in masks])).to(lm.device),
+    )
+
+
+class Look(NamedTuple):
+    """One exact forward and what rules saw of it."""
+
+    hidden: Tensor
+    observed: dict[Rule, list[Observed]]
+
+
+def look(window: Window, ids: Tensor, rules: Sequence[Rule], per_block: int = 1) -> Look:
+    """An exact forward that all `rules` observe."""
+
+    def observe(view: LayerView) -> list[Observed]:
+        return [rule.observe(view) for rule in rules]
+
+    prefix = window.prefix(per_block)
+    hidden, seen = observe_forward(window.lm.model, prefix, ids, observe, first_layer=rules[0].dense_layers)
+    return Look(hidden, {rule: [layer[i] for layer in seen] for i, rule in enumerate(rules)})
+
+
+def look_everywhere(window: Window, arms: Mapping[Arm, Sequence[Rule]]) -> dict[State, Look]:
+    """One exact forward for every state of the block in which some rule chooses."""
+    size = window.lm.family.block_size
+    wanted: dict[State, dict[Rule, None]] = defaultdict(dict)  # of dicts: sets that keep their order
+    for arm, rules in arms.items():
+        for rule in rules:
+            if rule.chooses == "layer" or arm.levers.residual:
+                continue
+            wanted[arm.state(rule, size)][rule] = None
+            if arm.levers.refresh is not None:
+                wanted[0][rule] = None
+    looks: dict[State, Look] = {0: look(window, window.start, list(wanted.pop(0)))}
+    for state, rules_there in wanted.items():
+        if state == "later":
+            looks[state] = look(window, window.later, list(rules_there), len(REVEALS))
+        else:
+            ids = window.draft(looks[0].hidden) if state == "draft" else window.at_step(state)
+            looks[state] = look(window, ids, list(rules_there))
+    return looks
+
+
+def choose(window: Window, arm: Arm, rule: Rule, looks: Mapping[State, Look]) -> Choice:
+    """The keys that every probed row sees under a rule that chooses from an exact forward."""
+    state = arm.state(rule, window.lm.family.block_size)
+    if state == "later":
+        lengths = window.prefix(len(REVEALS)).lengths
+        return Choice(rule.choose(looks[state].observed[rule], lengths), None, [])
+    if arm.levers.residual:  # needs the choosing step's queries, not its scores alone
+        assert state == 0
+        _, choice = choose_forward(window.lm.model, window.prefix(), window.start, rule, residual=True)
+    else:
+        observed = looks[state].observed[rule]
+        if arm.levers.refresh is not None:
+            observed = merge_observed(looks[0].observed[rule], observed, arm.levers.refresh)
+        choice = Choice(rule.choose(observed, window.lengths), None, [])
+    return choice.take([block for block in range(len(window.lengths)) for _ in REVEALS])
+
+
+def stack(choices: Sequence[Choice]) -> tuple[Selection, Residual | None]:
+    """Choices of different budgets one after the other, as rows of one batch."""
+    index = _side_by_side([c.selection.index for c in choices], dim=1)
+    is_kept = _side_by_side([c.selection.is_kept for c in choices], dim=1)
+    residuals = [c.residual for c in choices if c.residual is not None]
+    residual = None
+    if residuals:
+        residual = Residual(
+            tuple(torch.cat(layer) for layer in zip(*(r.out for r in residuals), strict=True)),
+            tuple(torch.cat(layer) for layer in zip(*(r.log_mass for r in residuals), strict=True)),
+        )
+    return Selection(index, is_kept, choices[0].selection.first_layer), residual
+
+
+def _side_by_side(lists: Sequence[Tensor], dim: int) -> Tensor:
+    slots = max(x.shape[-1] for x in lists)
+    return torch.cat([F.pad(x, (0, slots - x.shape[-1])) for x in lists], dim=dim)
+
+
+@dataclass
+class StackedRule:
+    """Rules of one kind that choose within a forward, each for its equal share of the batch, in order."""
+
+    rules: Sequence[Rule]
+    chosen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By source layer: (index, is_kept) of every rule."""
+
+    @property
+    def dense_layers(self) -> int:
+        """First layers that always see everything."""
+        return self.rules[0].dense_layers
+
+    @property
+    def sources_are_exact(self) -> bool:
+        """Whether a layer that chooses attends to everything itself."""
+        return self.rules[0].sources_are_exact
+
+    def source_layer(self, layer: int) -> int:
+        """The layer whose choice `layer` uses."""
+        return self.rules[0].source_layer(layer)
+
+    def choose_in_step(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        """(index, is_kept), each (batch, KV heads, k): every rule asked about its own rows."""
+        share = len(view.lengths) // len(self.rules)
+        parts = []
+        for i, rule in enumerate(self.rules):
+            mine = slice(i * share, (i + 1) * share)
+            own = LayerView(
+                view.layer, view.rows[mine], view.key[mine], view.is_visible[mine], view.lengths[mine], view.scaling
+            )
+            parts.append(rule.choose_in_step(own))
+        self.chosen[view.layer] = parts
+        return _side_by_side([p[0] for p in parts], dim=0), _side_by_side([p[1] for p in parts], dim=0)
+
+    def recall(self, which: int, own: Selection) -> float:
+        """Recall of one rule's keys against what its rows would choose from exact attention."""
+        shares = []
+        for at, layer in enumerate(range(self.dense_layers, self.dense_layers + len(own.index))):
+            source = self.source_layer(layer)
+            if source == layer and self.sources_are_exact:
+                shares.append(1.0)
+                continue
+            index, is_kept = self.chosen[source][which]
+            theirs = Selection(own.index[at : at + 1], own.is_kept[at : at + 1])
+            shares.append(float(Selection(index[None], is_kept[None]).recall(theirs).mean()))
+        return float(np.mean(shares))
+
+
+@torch.no_grad()
+def probe_window(
+    lm: BlockDiffusionLM, tokens: np.ndarray, number: int, settings: Eval, arms: Sequence[Arm] = SPARSE
+) -> dict[Key, Probed]:
+    """Every arm at every budget on one window; `arms` include mage and oracle."""
+    window = open_window(lm, tokens, number, settings.blocks)
+    rules = {arm: [arm.at(budget, settings.dense_layers) for budget in settings.budgets] for arm in arms}
+    looks = look_everywhere(window, rules)
+    (oracle,) = (arm for arm in arms if arm.rule == "oracle")
+    own = [choose(window, oracle, rule, looks).selection for rule in rules[oracle]]
+    found: dict[Key, Probed] = {(EXACT.label, None): Probed(window.losses(looks["later"].hidden)[0], None)}
+    for arm in arms:
+        probed = probe_arm(window, arm, rules[arm], looks, own)
+        found |= {(arm.label, k): one for k, one in zip(settings.budgets, probed, strict=True)}
+    return found
+
+
+def probe_arm(
+    window: Window, arm: Arm, rules: Sequence[Rule], looks: Mapping[State, Look], own: Sequence[Selection]
+) -> list[Probed]:
+    """One arm at every budget, in one forward; `own` is what the probed steps would choose from exact attention."""
+    times = len(rules)
+    model, prefix, ids = window.lm.model, window.prefix(len(REVEALS), times), window.later.repeat(times, 1)
+    if rules[0].chooses == "layer":
+        stacked = StackedRule(rules)
+        hidden = block_forward(model, prefix, ids, rule=stacked)
+        recalls = [stacked.recall(i, keys) for i, keys in enumerate(own)]
+    else:
+        choices = [choose(window, arm, rule, looks) for rule in rules]
+        selection, residual = stack(choices)
+        hidden = block_forward(model, prefix, ids, selection=selection, residual=residual)
+        recalls = [float(c.selection.recall(keys).mean()) for c, keys in zip(choices, own, strict=True)]
+    return [Probed(ce, recall) for ce, recall in zip(window.losses(hidden, times), recalls, strict=True)]
+
+
+# Needles
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row of the result on one question."""
+
+    is_right: bool
+    found: float
+    forwards_per_block: float
+    sparse_steps: float
+
+
+def answer(
+    lm: BlockDiffusionLM,
+    prompts: Sequence[NeedlePrompt],
+    arm: Arm,
+    rule: Rule | str,
+    threshold: float,
+    cache: PrefixCache | None = None,
+) -> list[Answered]:
+    """Answer questions greedily, as one batch; `cache`, for a single question, keeps its prompt between rules."""
+    out = lm.generate(
+        [prompt.input_ids.tolist() for prompt in prompts],
+        max_new_tokens=lm.family.block_size * (1 + len(prompts[0].expected)),
+        threshold=threshold,
+        attention=rule,
+        cache=cache,
+        **arm.levers.settings(),
+    )
+    answers = []
+    for prompt, row in zip(prompts, out.rows, strict=True):
+        found = [value in (row.text or "") for value in prompt.expected]
+        steps = row.forwards["exact"] + row.forwards["sparse"]
+        answers.append(
+            Answered(
+                is_right=all(found),
+                found=float(np.mean(found)),
+                forwards_per_block=steps / max(1, row.blocks),
+                sparse_steps=row.forwards["sparse"] / max(1, steps),
+            )
+        )
+    return answers
+
+
+def answer_all(
+    lm: BlockDiffusionLM, prompts: Sequence[NeedlePrompt], settings: Eval, arms: Sequence[Arm] = SPARSE
+) -> dict[Key, list[Answered]]:
+    """Some questions by exact attention and by every arm at every budget.
+
+    A single question's prompt is read once for all of them; a batch's once for each, which is what `generate` allows.
+    """
+    cache = PrefixCache.for_model(lm.model, 1, lm.family.block_size) if len(prompts) == 1 else None
+    found: dict[Key, list[Answered]] = {
+        (EXACT.label, None): answer(lm, prompts, EXACT, EXACT.rule, settings.threshold, cache)
+    }
+    for arm in arms:
+        for budget in settings.budgets:
+            rule = arm.at(budget, settings.dense_layers)
+            found[arm.label, budget] = answer(lm, prompts, arm, rule, settings.threshold, cache)
+    return found
+
+
+# Everything
+
+
+def within(units: Sequence[T], deadline: float) -> Iterator[T]:
+    """The units that there is time for: the first, and then as long as one more like the last would fit."""
+    took = 0.0
+    for unit in units:
+        start = time.perf_counter()
+        if took and start + took > deadline:
+            return
+        yield unit
+        took = time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All units done, by row of the result."""
+
+    probes: dict[Key, list[Probed]]
+    answers: dict[Key, list[Answered]]
+    windows: list[int]
+    """Numbers of the windows, in the order probed."""
+    questions: int
+    probe_seconds: float
+    needle_seconds: float
+
+
+def measure(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, *, seconds: float, batch: int) -> Measured:
+    """Probe windows and ask questions until all are done or the time is up.
+
+    Windows are taken in a fixed random order, so that those done are spread over the text.
+    """
+    windows = cut_windows(tokens, settings.context, settings.documents)
+    prompts = prompts_of(lm, tokens, settings)
+    batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    order = np.random.default_rng(SEED).permutation(len(windows)).tolist()
+    probes: dict[Key, list[Probed]] = defaultdict(list)
+    answers: dict[Key, list[Answered]] = defaultdict(list)
+    done: list[int] = []
+    begin = time.perf_counter()
+    with progress(len(windows) + len(batches)) as advance:
+        for number in within(order, begin + (seconds * PROBE_SHARE if prompts else seconds)):
+            for key, probed in probe_window(lm, windows[number], number, settings).items():
+                probes[key].append(probed)
+            done.append(number)
+            advance()
+        middle = time.perf_counter()
+        for questions in within(batches, begin + seconds):
+            for key, answered in answer_all(lm, questions, settings).items():
+                answers[key] += answered
+            advance()
+    asked = len(answers[EXACT.label, None]) if prompts else 0
+    return Measured(probes, answers, done, asked, middle - begin, time.perf_counter() - middle)
+
+
+def prompts_of(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval) -> list[NeedlePrompt]:
+    """The multi-needle questions of `mage-tune eval`; none when the settings have no needles."""
+    if not settings.needles:
+        return []
+    return needle_prompts(
+        lm,
+        tokens,
+        context=settings.context,
+        needles=settings.needles,
+        asked=TASKS["multi"],
+        questions=settings.questions,
+        seed=SEED,
+    )
+
+
+def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
+    """Metric name -> value of every unit, for one row of the result."""
+    probes, values = measured.probes[key], {}
+    values["ce"] = np.array([p.ce for p in probes])
+    if all(p.recall is not None for p in probes):
+        values["recall"] = np.array([p.recall for p in probes], dtype=np.float64)
+    if measured.questions:
+        answers = measured.answers[key]
+        values["needles"] = np.array([a.is_right for a in answers])
+        for name in ("found", "forwards_per_block", "sparse_steps"):
+            values[name] = np.array([getattr(a, name) for a in answers])
+    return values
+
+
+def summarise(measured: Measured, settings: Eval) -> list[dict[str, Any]]:
+    """The rows of the result: estimates, and paired differences from exact attention and from mage at the budget."""
+    exact = unit_values(measured, (EXACT.label, None))
+    rows = [_row(EXACT, None, {"rule": "exact"}, exact) | {"recall": None, "recall_note": "sees every key"}]
+    for budget in settings.budgets:
+        mage = unit_values(measured, (MAGE.label, budget))
+        for arm in SPARSE:
+            values = unit_values(measured, (arm.label, budget))
+            options = arm.at(budget, settings.dense_layers).settings() | arm.levers.settings()
+            row = _row(arm, budget, options, values)
+            row["ce_gap"] = asdict(paired_difference(values["ce"], exact["ce"]))
+            row["against_exact"] = _differences(values, exact)
+            if arm is not MAGE:
+                row["against_mage"] = _differences(values, mage)
+            rows.append(row)
+    return rows
+
+
+def _row(arm: Arm, budget: int | None, options: dict[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    named = {"label": arm.label, "rule": arm.rule, "options": options, "budget": budget}
+    return named | {name: asdict(estimate(value)) for name, value in values.items()}
+
+
+def _differences(values: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: asdict(paired_difference(value, other[name])) for name, value in values.items() if name in other}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """One table per budget: every rule, with 95 % intervals."""
+    parts = []
+    exact = result["rows"][0]
+    for budget in result["settings"]["budgets"]:
+        rows = [exact, *(row for row in result["rows"] if row["budget"] == budget)]
+        lines = [f"k = {budget}", "", f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+        lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+COLUMNS = ("rule", "recall", "CE gap", "gap − mage's", "all 3 needles", "needles found", "forwards / block", "sparse")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the tables, in the order of COLUMNS."""
+    return [
+        row["label"],
+        _shown(row.get("recall"), 3),
+        _shown(row.get("ce_gap"), 3, sign=True),
+        _shown(row.get("against_mage", {}).get("ce"), 3, sign=True),
+        _shown(row.get("needles"), 2),
+        _shown(row.get("found"), 2),
+        _shown(row.get("forwards_per_block"), 1),
+        "-" if "sparse_steps" not in row else f"{row['sparse_steps']['mean']:.0%}",
+    ]
+
+
+def _shown(found: Mapping[str, float] | None, digits: int, sign: bool = False) -> str:
+    if found is None:
+        return "-"
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{found['mean']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def print_table(result: Mapping[str, Any], console: Console) -> None:
+    """The same tables on a terminal."""
+    for budget in result["settings"]["budgets"]:
+        table = Table(title=f"k = {budget}", title_justify="left")
+        for i, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in result["rows"]:
+            if row["budget"] in (None, budget):
+                table.add_row(*cells(row))
+        console.print(table)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load, check, measure and summarise."""
+    lm = load(arguments.model, adapter=arguments.adapter, dtype="float32", device=arguments.device)
+    settings = Eval(
+        text=arguments.text,
+        context=arguments.context,
+        documents=arguments.windows,
+        blocks=arguments.blocks,
+        budgets=arguments.budgets,
+        dense_layers=arguments.dense_layers,
+        needles=arguments.needles if arguments.questions else 0,
+        questions=max(1, arguments.questions),
+        threshold=arguments.threshold,
+    )
+    check_settings(settings, lm)
+    tokens = load_ids(arguments.text, lm.tokenizer, lm.family)
+    batch = arguments.batch or (32 if lm.device.type == "cuda" else 1)
+    measured = measure(lm, tokens, settings, seconds=arguments.seconds, batch=batch)
+    return {
+        "settings": {
+            "model": shown(arguments.model),
+            "adapter": shown(arguments.adapter),
+            "text": shown(arguments.text),
+            "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "dtype": str(lm.dtype),
+            "seed": SEED,
+            "reveals": REVEALS,
+            "context": settings.context,
+            "blocks": settings.blocks,
+            "budgets": settings.budgets,
+            "dense_layers": settings.dense_layers,
+            "threshold": settings.threshold,
+            "needles": settings.needles,
+            "asked": TASKS["multi"],
+            "windows": {"given": settings.documents, "done": len(measured.windows), "numbers": measured.windows},
+            "questions": {"given": arguments.questions, "done": measured.questions, "batch": batch},
+            "seconds": {
+                "given": arguments.seconds,
+                "probes": round(measured.probe_seconds, 1),
+                "needles": round(measured.needle_seconds, 1),
+            },
+        },
+        "environment": environment() | ({"commit": arguments.commit} if arguments.commit else {}),
+        "definitions": DEFINITIONS,
+        "rows": summarise(measured, settings),
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
+    parser.add_argument("text", nargs="?", help="held-out text or its token ids (.npy)")
+    parser.add_argument("out", nargs="?", type=Path, help="JSON file to write, in results/")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the Markdown tables of a result")
+    parser.add_argument("--adapter", help="adapter to load on top")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time for measuring, loading not counted")
+    parser.add_argument("--windows", type=int, default=96, help="windows to probe at most")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks probed per window")
+    parser.add_argument("--questions", type=int, default=96, help="questions to ask at most; 0 for none")
+    parser.add_argument("--batch", type=int, help="questions per batch; 1 on a CPU, 32 on a GPU")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="keys per KV head")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--dense-layers", type=int, default=2)
+    parser.add_argument("--needles", type=int, default=13, help="needles in a haystack")
+    parser.add_argument("--threshold", type=float, default=0.9, help="confidence that accepts a token")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="the toolkit's commit, where the run is made on a copy without its history")
+    arguments = parser.parse_args(argv)
+    if arguments.table is None and arguments.out is None:
+        parser.error("give MODEL, TEXT and OUT, or --table JSON")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    arguments = parse(argv)
+    try:
+        if arguments.table is not None:
+            print(markdown(json.loads(arguments.table.read_text())))
+            return 0
+        result = run(arguments)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    console = Console()
+    print_table(result, console if console.is_terminal else Console(width=160))
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

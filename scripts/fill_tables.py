@@ -1,0 +1,142 @@
+"""Fill the tables of README and cards from results/*.json, so that no number in them is typed by hand.
+
+    python scripts/fill_tables.py            # rewrite them
+    python scripts/fill_tables.py --check    # exit code 1 when one is out of date (a test runs this)
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are the keys of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md", "adapters/smollm2-135m-diffusion/README.md")
+
+
+def interval(estimate: dict[str, Any], signed: bool = False) -> str:
+    """`0.808 (0.799 to 0.817)`."""
+    mean, low, high = (f"{estimate[key]:{'+' if signed else ''}.3f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def conditions(record: dict[str, Any], units: str) -> str:
+    """Device, precision, versions and sizes of a measurement, in one sentence."""
+    settings, made_with = record["evaluation"]["settings"], record["evaluation"]["environment"]
+    return (
+        f"{settings['documents']} held-out windows of {settings['context']} tokens, {settings['blocks']} blocks each, "
+        f"{units}first {settings['dense_layers']} layers dense, {settings['dtype'].removeprefix('torch.')}, "
+        f"{made_with['device']}, torch {made_with['torch']}, transformers {made_with['transformers']}, "
+        f"commit {record['environment']['commit']}."
+    )
+
+
+def alignment_table(file: str = "alignment_h100.json") -> str:
+    """Before and after the alignment run on the H100."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    evaluation = record["evaluation"]
+    rows = [
+        ("recall@128 of the later steps' keys ↑", "recall@128"),
+        ("recall@512 ↑", "recall@512"),
+        ("recall@16 ↑", "recall@16"),
+        ("cosine of block-average queries ↑", "query_cosine"),
+        ("attention mass kept, k = 128 ↑", "mass@128"),
+        ("CE, exact attention (nats) ↓", "ce_exact"),
+        ("CE, keys chosen at all-[MASK], k = 128 ↓", "ce_mask@128"),
+        ("CE gap to exact, k = 128 ↓", "ce_gap@128"),
+        ("CE gap to exact, k = 32 ↓", "ce_gap@32"),
+    ]
+    lines = ["| | base | + adapter | change, paired 95 % interval |", "|---|---|---|---|"]
+    for label, name in rows:
+        before, after = (evaluation["arms"][arm][name]["mean"] for arm in ("base", "adapter"))
+        lines.append(f"| {label} | {before:.3f} | {after:.3f} | {interval(evaluation['paired'][name], signed=True)} |")
+    training = record["training"]
+    lines += [
+        "",
+        f"{training['steps']} steps, {training['minutes']:.1f} minutes, median "
+        f"{training['median_tokens_per_s'] / 1000:.0f}k data tokens/s through three streams, "
+        f"{training['peak_gib']:.0f} GiB. " + conditions(record, ""),
+    ]
+    return "\n".join(lines)
+
+
+def conversion_table(file: str = "conversion_h100.json") -> str:
+    """What the converted model can do, and what choosing keys at the all-[MASK] step costs it."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    arm, settings = record["evaluation"]["arms"]["base"], record["evaluation"]["settings"]
+    n, needles = settings["questions"], settings["needles"]
+    rows = [
+        (f"one of {needles} needles, exact attention, {n} questions", "single_exact"),
+        (f"three of {needles} needles at once, exact", "multi_exact"),
+        (f"one needle, mage k = {settings['needle_budget']}", "single_mage"),
+        (f"three needles, mage k = {settings['needle_budget']}", "multi_mage"),
+        ("denoising forwards per block, one needle, exact", "single_exact_forwards"),
+        ("CE of masked tokens, exact attention (nats)", "ce_exact"),
+        ("CE, keys chosen at all-[MASK], k = 128", "ce_mask@128"),
+        ("CE, keys chosen at the same step, k = 128", "ce_oracle@128"),
+        ("recall@128", "recall@128"),
+    ]
+    lines = ["| | value (95 % interval) |", "|---|---|"]
+    lines += [f"| {label} | {interval(arm[name])} |" for label, name in rows]
+    training = record["training"]
+    lines += [
+        "",
+        f"{training['steps']} steps, {training['minutes']:.1f} minutes, median "
+        f"{training['median_tokens_per_s'] / 1000:.0f}k data tokens/s, {training['peak_gib']:.0f} GiB. "
+        + conditions(record, ""),
+    ]
+    return "\n".join(lines)
+
+
+def demo_table(file: str = "demo_cpu.json") -> str:
+    """Before and after the CPU demo."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    evaluation = record["evaluation"]
+    names = [name for name in evaluation["paired"] if name.startswith(("recall", "query_cosine", "ce_exact", "ce_gap"))]
+    lines = ["| | base | + adapter | change, paired 95 % interval |", "|---|---|---|---|"]
+    for name in names:
+        before, after = (evaluation["arms"][arm][name]["mean"] for arm in ("base", "adapter"))
+        lines.append(f"| {name} | {before:.3f} | {after:.3f} | {interval(evaluation['paired'][name], signed=True)} |")
+    training = record["training"]
+    lines += ["", f"{training['steps']} steps in {training['minutes']:.1f} minutes. " + conditions(record, "")]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "alignment": alignment_table,
+    "conversion": conversion_table,
+    "demo": demo_table,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            table = make()
+            text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say which files are out of date")
+    check = parser.parse_args().check
+    stale = [name for name in FILES if filled((ROOT / name).read_text()) != (ROOT / name).read_text()]
+    for name in stale:
+        if not check:
+            (ROOT / name).write_text(filled((ROOT / name).read_text()))
+        print(f"{'out of date' if check else 'rewritten'}: {name}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
