@@ -306,7 +306,10 @@ class Train(Section):
     log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
     save_every: int = Field(50, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
-    resume: str = Field("auto", description="auto: go on where a run stopped; never: start afresh; or a checkpoint.")
+    resume: str = Field(
+        "auto",
+        description="auto: go on where a run stopped; never: refuse to touch a stopped run; or a checkpoint folder.",
+    )
 
 
 class Eval(Section):

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Scores are ranked, so half precision would tie them; float64 is kept for tests that compare devices."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def packed_rows(query: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
     """(batch, query heads, n, D) -> (batch, KV heads, blocks, R, D), rows ordered by query head, then position."""
     batch, num_heads, length, head_dim = query.shape
@@ -47,7 +52,7 @@ def mean_probability(rows: Tensor, key: Tensor, visible: Tensor, scaling: float)
     Returns:
         (batch, KV heads, blocks, N) float32, summing to 1 over N (0 where nothing is visible).
     """
-    logits = torch.einsum("bhjrd,bhnd->bhjrn", rows, key).float() * scaling
+    logits = at_least_float32(torch.einsum("bhjrd,bhnd->bhjrn", rows, key)) * scaling
     logits = logits.masked_fill(~visible.unsqueeze(-2), float("-inf"))
     return logits.softmax(dim=-1).nan_to_num(0.0).mean(dim=-2)
 
@@ -108,8 +113,8 @@ def mean_logit(rows: Tensor, key: Tensor, scaling: float) -> Tensor:
     Returns:
         (batch, KV heads, N) float32.
     """
-    mean = rows.float().mean(dim=-2, keepdim=True)
-    return (mean @ key.float().transpose(-1, -2)).squeeze(-2) * scaling
+    mean = at_least_float32(rows).mean(dim=-2, keepdim=True)
+    return (mean @ at_least_float32(key).transpose(-1, -2)).squeeze(-2) * scaling
 
 
 def query_votes(rows: Tensor, key: Tensor, visible: Tensor, scaling: float, budget: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +128,9 @@ def query_votes(rows: Tensor, key: Tensor, visible: Tensor, scaling: float, budg
         votes, mean: (batch, KV heads, N) float32.
     """
     visible = visible.unsqueeze(-2)
-    logits = (rows.float() @ key.float().transpose(-1, -2) * scaling).masked_fill(~visible, float("-inf"))
+    logits = (at_least_float32(rows) @ at_least_float32(key).transpose(-1, -2) * scaling).masked_fill(
+        ~visible, float("-inf")
+    )
     probability = logits.softmax(dim=-1).nan_to_num(0.0)
     listed = logits.topk(min(budget, key.shape[-2]), dim=-1).indices
     votes = torch.zeros_like(logits).scatter_(-1, listed, 1.0) * visible
@@ -143,13 +150,13 @@ def page_bound(rows: Tensor, key: Tensor, visible: Tensor, page: int) -> Tensor:
         (batch, KV heads, pages) float32, unscaled; arbitrary for a page without visible keys.
     """
     padding = -key.shape[-2] % page
-    padded = F.pad(key.float(), (0, 0, 0, padding)).unflatten(-2, (-1, page))
+    padded = F.pad(at_least_float32(key), (0, 0, 0, padding)).unflatten(-2, (-1, page))
     hidden = ~F.pad(visible, (0, padding)).unflatten(-1, (-1, page))[:, None, :, :, None]
     low = padded.masked_fill(hidden, float("inf")).amin(dim=-2)
     high = padded.masked_fill(hidden, float("-inf")).amax(dim=-2)
     is_empty = hidden.all(dim=-2)  # inf * 0 would be NaN
     low, high = low.masked_fill(is_empty, 0.0), high.masked_fill(is_empty, 0.0)
-    rows = rows.float()
+    rows = at_least_float32(rows)
     mean_up, mean_down = rows.clamp(min=0).mean(dim=-2, keepdim=True), rows.clamp(max=0).mean(dim=-2, keepdim=True)
     return (mean_up @ high.transpose(-1, -2) + mean_down @ low.transpose(-1, -2)).squeeze(-2)
 

@@ -7,11 +7,10 @@ accumulation and several GPUs do not change the loss.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,173 +20,17 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mage_tune.backbone import (
-    Backbone,
-    attach_adapter,
-    causal_lm,
-    hidden_states,
-    load_backbone,
-    output_head,
-    random_backbone,
-    write_family,
-)
+from mage_tune.backbone import Backbone, attach_adapter, load_backbone, random_backbone
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator
 from mage_tune.data.mixture import build_mixture, preview
-from mage_tune.environment import environment
-from mage_tune.objectives import (
-    attention_alignment_sum,
-    block_mean_queries,
-    cross_entropy_sum,
-    kl_sum,
-    query_alignment_sum,
-)
 from mage_tune.progress import ProgressReporter
-from mage_tune.recipe import Objective, Recipe, RecipeError, Train, resolved_yaml
-from mage_tune.selection import mean_probability, prefix_visible
-from mage_tune.streams import LayerView, Observer, RowStreams, StreamAttention
-
-ADAPTER_FILE = "adapter_model.safetensors"
-"""Its presence at the top of a run folder means the run has finished."""
-
-
-class StreamLoss:
-    """The objective on one batch: sums of every active term and how many items each is a sum over."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        terms = {
-            "diffusion": objective.diffusion.weight,
-            "query_alignment": objective.query_alignment.weight,
-            "attention_alignment": objective.attention_alignment.weight,
-            "sparse_distillation": objective.sparse_distillation.weight,
-        }
-        self.weights = {name: weight for name, weight in terms.items() if weight > 0}
-
-    def collator_needs(self) -> dict[str, Any]:
-        """Which streams the rows must carry (arguments of `Collator`)."""
-        aligned = {"query_alignment", "attention_alignment"} & self.weights.keys()
-        sparse = "sparse_distillation" in self.weights
-        teacher_is_student = sparse and self.objective.sparse_distillation.teacher == "adapters_on"
-        return {
-            "exact_noisy": "diffusion" in self.weights or bool(aligned) or teacher_is_student,
-            "mask_stream": sparse or bool(aligned),
-            "sparse_stream": sparse,
-            "sampled_blocks": self.objective.attention_alignment.blocks if "attention_alignment" in aligned else 0,
-        }
-
-    def items(self, batch: dict[str, Any]) -> Tensor:
-        """(terms,) float64: how many items each active term of this batch is a sum over."""
-        counts = {
-            "diffusion": batch["loss_items"],
-            "query_alignment": batch["is_counted"].sum(),
-            "attention_alignment": batch["is_sampled"].sum() if "is_sampled" in batch else 0,
-            "sparse_distillation": batch.get("sparse_items", 0),
-        }
-        return torch.tensor([float(counts[name]) for name in self.weights], dtype=torch.float64)
-
-    def sums(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Scalar sum of every active term, with gradient; plus "sparse_share", a measurement."""
-        settings = self.objective.sparse_distillation
-        attention = StreamAttention(
-            batch["streams"],
-            budget=settings.budget or 0,
-            dense_layers=settings.dense_layers,
-            observers=self._observers(batch),
-        )
-        hidden = hidden_states(model, batch["input_ids"], batch["position_ids"], attention.attend).flatten(0, 1)
-        head = output_head(model)
-        sums = {name: attention.mean_over_layers(name) for name in attention.observers}
-        if "diffusion" in self.weights:
-            rows = hidden[batch["noisy_from"]]
-            sums["diffusion"] = cross_entropy_sum(rows, head, batch["noisy_target"], batch["noisy_weight"])
-        if "sparse_distillation" in self.weights:
-            sums |= self._sparse_sums(model, batch, hidden, head)
-        return sums
-
-    def _observers(self, batch: dict[str, Any]) -> dict[str, tuple[int, Observer]]:
-        observers: dict[str, tuple[int, Observer]] = {}
-        query = self.objective.query_alignment
-        if "query_alignment" in self.weights:
-
-            def align_queries(view: LayerView) -> Tensor:
-                at_mask = block_mean_queries(view.mask_rows)
-                return torch.stack(
-                    [
-                        query_alignment_sum(at_mask, block_mean_queries(later), counted, query.distance)
-                        for later, counted in zip(view.later_rows, batch["is_counted"], strict=True)
-                    ]
-                ).sum()
-
-            observers["query_alignment"] = (query.skip_layers, align_queries)
-        attention = self.objective.attention_alignment
-        if "attention_alignment" in self.weights:
-            later_first = attention.direction == "later_to_mask"
-
-            def align_attention(view: LayerView) -> Tensor:
-                at_mask = _sampled_attention(view, view.mask_rows, batch)
-                return torch.stack(
-                    [
-                        attention_alignment_sum(
-                            at_mask, _sampled_attention(view, later, batch), counted, later_first=later_first
-                        )
-                        for later, counted in zip(view.later_rows, batch["is_sampled"], strict=True)
-                    ]
-                ).sum()
-
-            observers["attention_alignment"] = (attention.skip_layers, align_attention)
-        return observers
-
-    def _sparse_sums(
-        self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module
-    ) -> dict[str, Tensor]:
-        settings = self.objective.sparse_distillation
-        row: RowStreams = batch["streams"]
-        student = hidden[batch["sparse_from"]]
-        loss = cross_entropy_sum(student, head, batch["sparse_target"], batch["sparse_weight"])
-        if settings.kl_weight > 0:
-            teacher = self._teacher_rows(model, batch, hidden)
-            divergence = kl_sum(
-                student,
-                teacher,
-                head,
-                batch["sparse_weight"],
-                teacher_first=settings.direction == "teacher_to_student",
-            )
-            loss = loss + settings.kl_weight * divergence
-        # Blocks that predict something, numbered through the batch, and the length of their prefix.
-        blocks = (batch["sparse_from"] // row.block_size).unique()
-        is_sparse = blocks * row.block_size % row.total > (settings.budget or 0)
-        return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
-
-    def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
-        """(n, hidden) of the exact teacher, without gradient: this pass's noisy stream, or the untuned model's."""
-        row: RowStreams = batch["streams"]
-        if self.objective.sparse_distillation.teacher == "adapters_on":
-            # The same predictions stand at the same place of the first exact noisy stream.
-            return hidden[batch["sparse_from"] + row.offset("noisy") - row.offset("sparse")].detach()
-        pair = RowStreams(row.length, row.block_size, noisy=1)
-        halves = (slice(0, row.length), slice(row.offset("clean"), row.total))  # x_t is what the sparse stream holds
-        inputs, positions = (
-            torch.cat([batch[name][:, half] for half in halves], dim=1) for name in ("input_ids", "position_ids")
-        )
-        adapters: PeftModel = model if isinstance(model, PeftModel) else model.module  # type: ignore[assignment]
-        with torch.no_grad(), adapters.disable_adapter():
-            exact = hidden_states(model, inputs, positions, StreamAttention(pair).attend)
-        return exact.flatten(0, 1)[batch["teacher_from"]]
-
-
-def _sampled_attention(view: LayerView, rows: Tensor, batch: dict[str, Any]) -> Tensor:
-    """(batch, KV heads, sampled, N) mean attention of the sampled blocks over their prefix."""
-    blocks = batch["sampled_blocks"]
-    num_rows, head_dim = rows.shape[-2:]
-    index = blocks[:, None, :, None, None].expand(-1, rows.shape[1], -1, num_rows, head_dim)
-    key = view.clean_key
-    visible = prefix_visible(blocks, key.shape[2], key.shape[2] // rows.shape[2])[:, None]
-    return mean_probability(rows.gather(2, index), key, visible, view.scaling)
+from mage_tune.recipe import Recipe, Train
+from mage_tune.run_folder import MetricsFile, prepare_folder, save_adapter, write_facts
+from mage_tune.stream_loss import StreamLoss
 
 
 class MageTrainer(Trainer):
@@ -285,28 +128,6 @@ def learning_rate_share(schedule: Train) -> Callable[[int], float]:
     return share
 
 
-class MetricsFile(TrainerCallback):
-    """Appends every log line to metrics.jsonl; lines after the checkpoint a run resumes from are dropped first."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget steps that will be done again."""
-        if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One JSON object a line."""
-        if state.is_world_process_zero and logs and "loss" in logs:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
-
-    def _lines(self) -> Iterator[str]:
-        yield from self.path.read_text().splitlines(keepends=True)
-
-
 def train(recipe: Recipe) -> Path:
     """Run a recipe and return the run folder, with the adapter at its top.
 
@@ -325,7 +146,7 @@ def train(recipe: Recipe) -> Path:
         recipe.data, backbone.tokenizer, backbone.family, num_rows * arguments.world_size, recipe.seed
     )
     if arguments.process_index == 0:
-        write_facts(folder, recipe, backbone)
+        write_facts(folder, recipe, backbone.family)
         console.print(preview(next(iter(dataset)), backbone.tokenizer))
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
@@ -440,68 +261,3 @@ def build_trainer(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
-
-
-def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
-    """Make the run folder, or find the checkpoint to go on from.
-
-    Raises:
-        RecipeError: see `train`.
-    """
-    if (folder / ADAPTER_FILE).exists():
-        raise RecipeError(f"{folder}: holds a finished run; choose another output, or remove the folder to train again")
-    if recipe.train.resume not in ("auto", "never"):
-        if not (Path(recipe.train.resume) / "trainer_state.json").is_file():
-            raise RecipeError(
-                f"train.resume: no checkpoint at {recipe.train.resume}; use auto, never or a checkpoint folder"
-            )
-        return recipe.train.resume
-    last = last_checkpoint(folder / "checkpoints")
-    if last is None:
-        return None
-    if recipe.train.resume == "never":
-        raise RecipeError(f"{folder}: holds an unfinished run and train.resume is never; remove the folder or use auto")
-    started_with = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").exists() else ""
-    if _without_resume(started_with) != _without_resume(resolved_yaml(recipe)):
-        raise RecipeError(
-            f"{folder}: holds an unfinished run of a different recipe; choose another output or remove it"
-        )
-    return last
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None: a run may be killed while it saves."""
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # this file comes last
-    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if whole else None
-
-
-def _without_resume(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.strip().startswith("resume:")]
-
-
-def write_facts(folder: Path, recipe: Recipe, backbone: Backbone) -> None:
-    """recipe.yaml, versions.json and the family beside the adapter to come."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
-    (folder / "versions.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    write_family(folder, backbone.family)
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter at the top of the run folder, weights last, so that their presence means "finished".
-
-    Raises:
-        ValueError: a weight is not finite; nothing is written.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise ValueError(f"{name}: not finite after training; the adapter is not saved, checkpoints are kept")
-    temporary = folder / ".adapter"
-    model.save_pretrained(str(temporary))
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
-        file.rename(folder / file.name)
-    temporary.rmdir()
-
-
-__all__ = ["MageTrainer", "StreamLoss", "causal_lm", "train"]

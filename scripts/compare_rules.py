@@ -10,8 +10,12 @@ very step would choose by mean probability that the rule lets it see. A rule tha
 sparse-dllm, a re-selection) does so on the block with its first s tokens revealed, one a step, as with a block's worth
 of steps; a refresh chooses on the argmax draft of the all-[MASK] step; quest, tidal and oracle choose at the very step.
 
-Needles are multi-needle questions answered by `lm.generate`. A question or window is a unit, and every rule gets every
-unit before the next one is begun, so that stopping when the time is up favours none.
+Three tasks are decoded: multi-needle questions until every token is sure (threshold 0.9), the same questions in a fixed
+number of steps (a model that is sure at once never reaches a sparse step: the first task alone would compare nothing),
+and the next block of held-out windows, for its forwards per block.
+
+A window or a question is a unit, and every rule gets every unit before the next one is begun, so that stopping when the
+time is up favours none.
 """
 
 from __future__ import annotations
@@ -40,15 +44,19 @@ from mage_tune.blocks import noise_generator
 from mage_tune.data.text import load_ids
 from mage_tune.decode.attention import LayerView, Residual, Selection, block_forward, extend, observe_forward
 from mage_tune.decode.cache import Prefix, PrefixCache
+from mage_tune.decode.result import RowResult
 from mage_tune.decode.rules import Observed, Rule, make_rule, merge_observed
+from mage_tune.decode.sampler import Acceptance, Sampling
+from mage_tune.decode.settings import Settings, window_size
 from mage_tune.decode.steps import Choice, Levers, choose_forward
+from mage_tune.decode.writer import Row, Writer
 from mage_tune.environment import environment
 from mage_tune.evals.needles import TASKS, NeedlePrompt, needle_prompts
 from mage_tune.evals.probes import REVEALS, block_variants, masked_cross_entropy
 from mage_tune.evals.run import SEED, check_settings, cut_windows, progress, shown
 from mage_tune.evals.stats import estimate, paired_difference
 from mage_tune.lm import BlockDiffusionLM
-from mage_tune.recipe import Eval
+from mage_tune.recipe import Eval, override_section
 
 T = TypeVar("T")
 State = int | Literal["draft", "later"]
@@ -56,8 +64,8 @@ State = int | Literal["draft", "later"]
 Key = tuple[str, int | None]
 """(label of an arm, budget): one row of the result; exact has no budget."""
 
-PROBE_SHARE = 0.4
-"""Share of the time for text probes; needles get what they leave."""
+STEPS = 8
+"""Steps per block of the questions that are answered in a fixed number of them."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +111,13 @@ DEFINITIONS = {
     "reveals and blocks; a layer that sees everything (tidal's sources) counts 1",
     "ce": "cross-entropy of the still masked tokens, nats; mean over reveals and blocks of a window",
     "ce_gap": "ce under the rule minus ce with exact attention, paired by window",
-    "needles": "share of questions whose answer holds all values asked for",
+    "needles": "share of questions whose answer holds all values asked for, decoded at the threshold",
     "found": "share of the values asked for that the answer holds",
     "forwards_per_block": "exact and sparse denoising forwards per block; a refresh counts as one",
-    "sparse_steps": "share of those forwards that were sparse; sparsed is dense for the first 20 % of a block's 32 "
-    "steps, so where blocks finish sooner it answers (almost) exactly",
+    "sparse_steps": "share of those forwards that were sparse; sparsed is dense for the first 20 % of a block's steps "
+    "(of 32 at a threshold), so where blocks finish sooner it answers exactly",
+    "stepped_*": f"the same questions in {STEPS} steps per block, the surest tokens first, whatever their confidence",
+    "text_*": "the next block of held-out text, decoded at the threshold",
     "choosing step": "in the probes a rule that chooses at step s does so with s tokens of the block revealed",
     "intervals": "95 %: bootstrap over units; Wilson for shares of questions, Bonett-Price for their differences",
 }
@@ -378,12 +388,23 @@ def probe_arm(
     return [Probed(ce, recall) for ce, recall in zip(window.losses(hidden, times), recalls, strict=True)]
 
 
-# Needles
+# Decoding
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and how they are continued. What its `name` begins with, its metrics do too."""
+
+    name: str
+    prompts: Sequence[NeedlePrompt]
+    """Nothing expected: only the forwards count."""
+    acceptance: Acceptance
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One row of the result on one question."""
+    """One row of the result on one prompt."""
 
     is_right: bool
     found: float
@@ -391,68 +412,128 @@ class Answered:
     sparse_steps: float
 
 
-def answer(
-    lm: BlockDiffusionLM,
-    prompts: Sequence[NeedlePrompt],
-    arm: Arm,
-    rule: Rule | str,
-    threshold: float,
-    cache: PrefixCache | None = None,
-) -> list[Answered]:
-    """Answer questions greedily, as one batch; `cache`, for a single question, keeps its prompt between rules."""
-    out = lm.generate(
-        [prompt.input_ids.tolist() for prompt in prompts],
-        max_new_tokens=lm.family.block_size * (1 + len(prompts[0].expected)),
-        threshold=threshold,
-        attention=rule,
-        cache=cache,
-        **arm.levers.settings(),
-    )
-    answers = []
-    for prompt, row in zip(prompts, out.rows, strict=True):
-        found = [value in (row.text or "") for value in prompt.expected]
-        steps = row.forwards["exact"] + row.forwards["sparse"]
-        answers.append(
-            Answered(
-                is_right=all(found),
-                found=float(np.mean(found)),
-                forwards_per_block=steps / max(1, row.blocks),
-                sparse_steps=row.forwards["sparse"] / max(1, steps),
-            )
+def tasks_of(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, continuations: int) -> list[Task]:
+    """The multi-needle questions of `mage-tune eval`, twice, and held-out windows less their last block."""
+    size = lm.family.block_size
+    until_sure, static = Acceptance(threshold=settings.threshold), Acceptance(name="static")
+    tasks = []
+    if settings.needles:
+        prompts = needle_prompts(
+            lm,
+            tokens,
+            context=settings.context,
+            needles=settings.needles,
+            asked=TASKS["multi"],
+            questions=settings.questions,
+            seed=SEED,
         )
-    return answers
+        tasks = [Task("", prompts, until_sure), Task("stepped_", prompts, static, min(STEPS, size))]
+    if continuations:
+        windows = cut_windows(tokens, settings.context, settings.documents)
+        chosen = window_order(len(windows))[:continuations]
+        prompts = [NeedlePrompt(windows[number][:-size].astype(np.int64), ()) for number in chosen]
+        tasks.append(Task("text_", prompts, until_sure))
+    return tasks
+
+
+def window_order(count: int) -> list[int]:
+    """The order in which windows are taken: random but fixed, so that those done are spread over the text."""
+    return np.random.default_rng(SEED).permutation(count).tolist()
+
+
+@torch.no_grad()
+def decode(
+    lm: BlockDiffusionLM,
+    task: Task,
+    prompts: Sequence[NeedlePrompt],
+    rule: Rule,
+    levers: Levers,
+    cache: PrefixCache,
+) -> list[RowResult]:
+    """Continue a batch of prompts greedily: `lm.generate` with a kept cache, which that takes for one prompt only."""
+    expected = len(prompts[0].expected)
+    settings = Settings(
+        family=lm.family,
+        rule=rule,
+        levers=levers,
+        sampling=Sampling(),
+        acceptance=task.acceptance,
+        window=window_size(lm.family, None),
+        block_cache=False,
+        steps=task.steps,
+        max_new_tokens=lm.family.block_size * (1 + expected),
+        stop_ids=frozenset(lm.family.stop_ids if expected else ()),
+        stop_strings=(),
+        prefill_chunk=512,
+        seed=0,
+    )
+    rows = [
+        Row(i, ids, len(ids) + settings.max_new_tokens, settings.row_seed(i))
+        for i, ids in enumerate(prompt.input_ids.tolist() for prompt in prompts)
+    ]
+    Writer(lm, settings, rows, cache, None).run()
+    return [row.result(lm, settings) for row in rows]
+
+
+def score(prompt: NeedlePrompt, row: RowResult) -> Answered:
+    """What counts of a continuation."""
+    found = [value in (row.text or "") for value in prompt.expected]
+    steps = row.forwards["exact"] + row.forwards["sparse"]
+    return Answered(
+        is_right=all(found),
+        found=sum(found) / max(1, len(found)),
+        forwards_per_block=steps / max(1, row.blocks),
+        sparse_steps=row.forwards["sparse"] / max(1, steps),
+    )
 
 
 def answer_all(
-    lm: BlockDiffusionLM, prompts: Sequence[NeedlePrompt], settings: Eval, arms: Sequence[Arm] = SPARSE
-) -> dict[Key, list[Answered]]:
-    """Some questions by exact attention and by every arm at every budget.
+    lm: BlockDiffusionLM,
+    tasks: Sequence[Task],
+    units: range,
+    settings: Eval,
+    cache: PrefixCache,
+    arms: Sequence[Arm] = SPARSE,
+) -> dict[str, dict[Key, list[Answered]]]:
+    """Some prompts, the same in all `tasks`, by exact attention and by every arm at every budget.
 
-    A single question's prompt is read once for all of them; a batch's once for each, which is what `generate` allows.
+    The prompts are read once, into `cache` with a row for each; every task and rule starts from there.
     """
-    cache = PrefixCache.for_model(lm.model, 1, lm.family.block_size) if len(prompts) == 1 else None
-    found: dict[Key, list[Answered]] = {
-        (EXACT.label, None): answer(lm, prompts, EXACT, EXACT.rule, settings.threshold, cache)
-    }
+    keyed: list[tuple[Key, Rule, Levers]] = [((EXACT.label, None), make_rule(EXACT.rule), EXACT.levers)]
     for arm in arms:
-        for budget in settings.budgets:
-            rule = arm.at(budget, settings.dense_layers)
-            found[arm.label, budget] = answer(lm, prompts, arm, rule, settings.threshold, cache)
+        keyed += [((arm.label, k), arm.at(k, settings.dense_layers), arm.levers) for k in settings.budgets]
+    found: dict[str, dict[Key, list[Answered]]] = {}
+    for task in tasks:
+        prompts = [task.prompts[i] for i in units]
+        found[task.name] = {
+            key: [score(*pair) for pair in zip(prompts, decode(lm, task, prompts, rule, levers, cache), strict=True)]
+            for key, rule, levers in keyed
+        }
     return found
 
 
 # Everything
 
 
-def within(units: Sequence[T], deadline: float) -> Iterator[T]:
-    """The units that there is time for: the first, and then as long as one more like the last would fit."""
-    took = 0.0
-    for unit in units:
-        start = time.perf_counter()
-        if took and start + took > deadline:
-            return
-        yield unit
-        took = time.perf_counter() - start
+class Clock:
+    """Shares out the time between parts, in order; what one leaves goes to those after it."""
+
+    def __init__(self, seconds: float, shares: Sequence[float]) -> None:
+        self.start = time.perf_counter()
+        ends = np.cumsum(shares) / sum(shares) * seconds
+        self.ends = [self.start + float(end) for end in ends]
+        self.took: dict[str, float] = {}
+
+    def within(self, part: str, units: Sequence[T]) -> Iterator[T]:
+        """The units that there is time for: the first, and then as long as one more like the last would fit."""
+        begin, end, last = time.perf_counter(), self.ends[len(self.took)], 0.0
+        for unit in units:
+            start = time.perf_counter()
+            if last and start + last > end:
+                break
+            yield unit
+            last = time.perf_counter() - start
+        self.took[part] = round(time.perf_counter() - begin, 1)
 
 
 @dataclass(frozen=True)
@@ -460,55 +541,48 @@ class Measured:
     """All units done, by row of the result."""
 
     probes: dict[Key, list[Probed]]
-    answers: dict[Key, list[Answered]]
+    answers: dict[str, dict[Key, list[Answered]]]
+    """By task."""
     windows: list[int]
     """Numbers of the windows, in the order probed."""
-    questions: int
-    probe_seconds: float
-    needle_seconds: float
+    seconds: dict[str, float]
+    """What each part took."""
+
+    def done(self, task: str) -> int:
+        """Prompts of a task that every rule has continued."""
+        return len(self.answers[task][EXACT.label, None]) if task in self.answers else 0
 
 
-def measure(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, *, seconds: float, batch: int) -> Measured:
-    """Probe windows and ask questions until all are done or the time is up.
-
-    Windows are taken in a fixed random order, so that those done are spread over the text.
-    """
+def measure(
+    lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, *, seconds: float, batch: int, continuations: int
+) -> Measured:
+    """Probe windows, ask questions and continue text until all is done or the time is up; parts leave time to later."""
     windows = cut_windows(tokens, settings.context, settings.documents)
-    prompts = prompts_of(lm, tokens, settings)
-    batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    order = np.random.default_rng(SEED).permutation(len(windows)).tolist()
+    tasks = tasks_of(lm, tokens, settings, continuations)
+    parts = {"questions": [t for t in tasks if t.name != "text_"], "text": [t for t in tasks if t.name == "text_"]}
+    parts = {name: part for name, part in parts.items() if part}
+    batches = {
+        name: [range(i, min(i + batch, len(part[0].prompts))) for i in range(0, len(part[0].prompts), batch)]
+        for name, part in parts.items()
+    }
     probes: dict[Key, list[Probed]] = defaultdict(list)
-    answers: dict[Key, list[Answered]] = defaultdict(list)
+    answers: dict[str, dict[Key, list[Answered]]] = {task.name: defaultdict(list) for task in tasks}
     done: list[int] = []
-    begin = time.perf_counter()
-    with progress(len(windows) + len(batches)) as advance:
-        for number in within(order, begin + (seconds * PROBE_SHARE if prompts else seconds)):
+    clock = Clock(seconds, [1.0] * (1 + len(parts)))
+    with progress(len(windows) + sum(map(len, batches.values()))) as advance:
+        for number in clock.within("probes", window_order(len(windows))):
             for key, probed in probe_window(lm, windows[number], number, settings).items():
                 probes[key].append(probed)
             done.append(number)
             advance()
-        middle = time.perf_counter()
-        for questions in within(batches, begin + seconds):
-            for key, answered in answer_all(lm, questions, settings).items():
-                answers[key] += answered
-            advance()
-    asked = len(answers[EXACT.label, None]) if prompts else 0
-    return Measured(probes, answers, done, asked, middle - begin, time.perf_counter() - middle)
-
-
-def prompts_of(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval) -> list[NeedlePrompt]:
-    """The multi-needle questions of `mage-tune eval`; none when the settings have no needles."""
-    if not settings.needles:
-        return []
-    return needle_prompts(
-        lm,
-        tokens,
-        context=settings.context,
-        needles=settings.needles,
-        asked=TASKS["multi"],
-        questions=settings.questions,
-        seed=SEED,
-    )
+        for name, part in parts.items():
+            for units in clock.within(name, batches[name]):
+                cache = PrefixCache.for_model(lm.model, len(units), 0)  # grows as needed
+                for task, found in answer_all(lm, part, units, settings, cache).items():
+                    for key, answered in found.items():
+                        answers[task][key] += answered
+                advance()
+    return Measured(probes, answers, done, clock.took)
 
 
 def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
@@ -517,11 +591,12 @@ def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
     values["ce"] = np.array([p.ce for p in probes])
     if all(p.recall is not None for p in probes):
         values["recall"] = np.array([p.recall for p in probes], dtype=np.float64)
-    if measured.questions:
-        answers = measured.answers[key]
-        values["needles"] = np.array([a.is_right for a in answers])
-        for name in ("found", "forwards_per_block", "sparse_steps"):
-            values[name] = np.array([getattr(a, name) for a in answers])
+    for task, answers in measured.answers.items():
+        if task != "text_":
+            values[f"{task}needles"] = np.array([a.is_right for a in answers[key]])
+            values[f"{task}found"] = np.array([a.found for a in answers[key]])
+        for name in ("forwards_per_block", "sparse_steps"):
+            values[task + name] = np.array([getattr(a, name) for a in answers[key]])
     return values
 
 
@@ -564,7 +639,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-COLUMNS = ("rule", "recall", "CE gap", "gap − mage's", "all 3 needles", "needles found", "forwards / block", "sparse")
+COLUMNS = (
+    "rule",
+    "recall",
+    "CE gap",
+    "gap − mage's",
+    "needles",
+    f"needles, {STEPS} steps",
+    "found",
+    "forwards / block: needles",
+    "text",
+)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -575,9 +660,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _shown(row.get("ce_gap"), 3, sign=True),
         _shown(row.get("against_mage", {}).get("ce"), 3, sign=True),
         _shown(row.get("needles"), 2),
-        _shown(row.get("found"), 2),
-        _shown(row.get("forwards_per_block"), 1),
-        "-" if "sparse_steps" not in row else f"{row['sparse_steps']['mean']:.0%}",
+        _shown(row.get("stepped_needles"), 2),
+        _shown(row.get("stepped_found"), 2),
+        _shown(row.get("forwards_per_block"), 2),
+        _shown(row.get("text_forwards_per_block"), 1),
     ]
 
 
@@ -600,24 +686,31 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
         console.print(table)
 
 
+def settings_of(arguments: argparse.Namespace) -> Eval:
+    """The settings of `mage-tune eval` that say the same, checked as a recipe's are."""
+    given = {
+        "context": arguments.context,
+        "documents": arguments.windows,
+        "blocks": arguments.blocks,
+        "budgets": sorted(set(arguments.budgets)),
+        "dense_layers": arguments.dense_layers,
+        "needles": arguments.needles if arguments.questions else 0,
+        "questions": arguments.questions or 1,
+        "threshold": arguments.threshold,
+    }
+    return override_section(Eval(text=arguments.text), [f"{name}={value}" for name, value in given.items()])
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, check, measure and summarise."""
+    settings = settings_of(arguments)
     lm = load(arguments.model, adapter=arguments.adapter, dtype="float32", device=arguments.device)
-    settings = Eval(
-        text=arguments.text,
-        context=arguments.context,
-        documents=arguments.windows,
-        blocks=arguments.blocks,
-        budgets=arguments.budgets,
-        dense_layers=arguments.dense_layers,
-        needles=arguments.needles if arguments.questions else 0,
-        questions=max(1, arguments.questions),
-        threshold=arguments.threshold,
-    )
     check_settings(settings, lm)
     tokens = load_ids(arguments.text, lm.tokenizer, lm.family)
-    batch = arguments.batch or (32 if lm.device.type == "cuda" else 1)
-    measured = measure(lm, tokens, settings, seconds=arguments.seconds, batch=batch)
+    batch = max(1, arguments.batch or (32 if lm.device.type == "cuda" else 1))
+    measured = measure(
+        lm, tokens, settings, seconds=arguments.seconds, batch=batch, continuations=arguments.continuations
+    )
     return {
         "settings": {
             "model": shown(arguments.model),
@@ -635,12 +728,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "needles": settings.needles,
             "asked": TASKS["multi"],
             "windows": {"given": settings.documents, "done": len(measured.windows), "numbers": measured.windows},
-            "questions": {"given": arguments.questions, "done": measured.questions, "batch": batch},
-            "seconds": {
-                "given": arguments.seconds,
-                "probes": round(measured.probe_seconds, 1),
-                "needles": round(measured.needle_seconds, 1),
-            },
+            "questions": {"given": arguments.questions, "done": measured.done("")},
+            "continuations": {"given": arguments.continuations, "done": measured.done("text_")},
+            "steps": min(STEPS, lm.family.block_size),
+            "batch": batch,
+            "seconds": {"given": arguments.seconds} | measured.seconds,
         },
         "environment": environment() | ({"commit": arguments.commit} if arguments.commit else {}),
         "definitions": DEFINITIONS,
@@ -660,7 +752,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=96, help="windows to probe at most")
     parser.add_argument("--blocks", type=int, default=8, help="blocks probed per window")
     parser.add_argument("--questions", type=int, default=96, help="questions to ask at most; 0 for none")
-    parser.add_argument("--batch", type=int, help="questions per batch; 1 on a CPU, 32 on a GPU")
+    parser.add_argument("--continuations", type=int, default=96, help="windows to continue at most; 0 for none")
+    parser.add_argument("--batch", type=int, help="prompts per batch; 1 on a CPU, 32 on a GPU")
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256], help="keys per KV head")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--dense-layers", type=int, default=2)
@@ -688,7 +781,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
-    print_table(result, console if console.is_terminal else Console(width=160))
+    print_table(result, console if console.is_terminal else Console(width=220))
     print(f"wrote {arguments.out}")
     return 0
 

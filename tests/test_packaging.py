@@ -137,6 +137,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbone": {"families", "blocks", "streams", "data"},
     "decode": {"families", "blocks", "selection", "streams", "backbone", "mage_kernels"},
     "lm": {"families", "streams", "backbone", "decode"},
+    "stream_loss": {"recipe_schema", "objectives", "selection", "streams", "backbone"},
+    "run_folder": {"environment", "families", "recipe", "backbone"},
 }
 """Design section 3, bottom first: who may import whom. Whatever is not here stands above all of it."""
 ABOVE = ("trainer", "evals", "publish", "plan", "doctor")

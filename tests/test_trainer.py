@@ -21,8 +21,10 @@ from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
 from mage_tune.recipe import Recipe, RecipeError
 from mage_tune.recipe_schema import Objective, Train
+from mage_tune.run_folder import ADAPTER_FILE, last_checkpoint, save_adapter
+from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
-from mage_tune.trainer import ADAPTER_FILE, StreamLoss, last_checkpoint, learning_rate_share, save_adapter, train
+from mage_tune.trainer import learning_rate_share, train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exactness is promised on a CPU")
 

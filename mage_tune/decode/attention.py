@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mage_tune.backbone import hidden_states
 from mage_tune.decode.cache import OwnBlock, Prefix, PrefixCache
-from mage_tune.selection import packed_rows, unpacked_rows
+from mage_tune.selection import at_least_float32, packed_rows, unpacked_rows
 
 T = TypeVar("T")
 
@@ -211,10 +211,12 @@ def attention_with_log_mass(
     Returns:
         (..., R, D) and (..., R, 1), float32.
     """
-    logits = (rows.float() @ key.float().transpose(-1, -2) * scaling).masked_fill(~mask, float("-inf"))
+    logits = (at_least_float32(rows) @ at_least_float32(key).transpose(-1, -2) * scaling).masked_fill(
+        ~mask, float("-inf")
+    )
     log_mass = logits.logsumexp(-1, keepdim=True)
     weights = (logits - log_mass).exp().nan_to_num(0.0)  # -inf - -inf where nothing is seen
-    return weights @ value.float(), log_mass
+    return weights @ at_least_float32(value), log_mass
 
 
 def merge_attention(out: Tensor, log_mass: Tensor, other: Tensor, other_log_mass: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""scripts/compare_rules.py: its probes against `evals.probes` and against decoding's own steps, its needles, its file."""
+"""scripts/compare_rules.py: its probes against `evals.probes` and decoding's own steps, its needles, its file."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from mage_tune.decode.cache import PrefixCache
+from mage_tune.decode.result import RowResult
 from mage_tune.decode.steps import BlockSteps
-from mage_tune.evals.needles import needle_prompts
+from mage_tune.evals.needles import NeedlePrompt
 from mage_tune.evals.probes import REVEALS, masked_cross_entropy, probe_window
 from mage_tune.evals.run import SEED
 from mage_tune.lm import from_backbone
@@ -22,6 +24,7 @@ import compare_rules as script
 SIZE, BLOCKS, BUDGETS = 32, 8, [12, 40]
 SETTINGS = Eval(context=BLOCKS * SIZE, blocks=2, budgets=BUDGETS, dense_layers=1)
 LABELS = [arm.label for arm in script.SPARSE]
+DECODED = ("mage", "mage, union refresh", "mage, residual", "quest", "oracle")
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +102,36 @@ def test_steps_before_the_probed_ones_reveal_one_token_each(lm, tokens):
         assert not (known & window.is_masked[:: len(REVEALS)]).any()  # never more than at the first probed step
 
 
-def test_a_kept_prompt_changes_no_answer(tiny_backbone):
+def test_a_batch_with_kept_prompts_writes_what_generate_does(tiny_backbone):
     lm = from_backbone(tiny_backbone(block_size=8, vocab_size=272, max_positions=1024, num_layers=3))
-    filler = np.asarray(lm.tokenizer("Plain text. It goes on.\n" * 200)["input_ids"])
-    (prompt,) = needle_prompts(lm, filler, context=768, needles=6, asked=3, questions=1, seed=0)
-    kept = PrefixCache.for_model(lm.model, 1, 8)
-    ids, options = prompt.input_ids.tolist(), {"max_new_tokens": 24, "threshold": 0.9}
-    for arm in (script.EXACT, *script.SPARSE):
-        rule = arm.at(16, 1)
-        alone = lm.generate(ids, attention=rule, **options, **arm.levers.settings())
-        shared = lm.generate([ids], attention=rule, cache=kept, **options, **arm.levers.settings())
-        assert shared.rows[0].tokens == alone.tokens
-        assert {**shared.forwards, "prefill": 0} == {**alone.forwards, "prefill": 0}
-    assert shared.forwards["prefill"] == 1 < alone.forwards["prefill"]
-    (one,) = script.answer(lm, [prompt], script.MAGE, script.MAGE.at(16, 1), 0.9, kept)
-    both = script.answer(lm, [prompt, prompt], script.MAGE, script.MAGE.at(16, 1), 0.9)
-    assert both == [one, one]
-    assert not one.is_right and one.found == 0.0 and 0.0 < one.sparse_steps < 1.0
+    filler = np.asarray(lm.tokenizer("Plain text. It goes on.\n" * 400)["input_ids"])
+    settings = Eval(context=768, needles=6, questions=2, documents=3, budgets=[16], dense_layers=1)
+    tasks = script.tasks_of(lm, filler, settings, continuations=2)
+    assert [task.name for task in tasks] == ["", "stepped_", "text_"]
+    for part in (tasks[:2], tasks[2:]):
+        cache = PrefixCache.for_model(lm.model, 2, 0)
+        for task in part:
+            asked = len(task.prompts[0].expected)
+            options = {"max_new_tokens": 8 * (1 + asked), "threshold": 0.9, "steps": task.steps}
+            options |= {"acceptance": task.acceptance.name, "stop_ids": None if asked else ()}
+            for arm in (script.EXACT, *(arm for arm in script.SPARSE if arm.label in DECODED)):
+                rule = arm.at(16, 1)
+                rows = script.decode(lm, task, task.prompts, rule, arm.levers, cache)
+                for prompt, row in zip(task.prompts, rows, strict=True):
+                    alone = lm.generate(
+                        prompt.input_ids.tolist(), attention=rule, **options, **arm.levers.settings()
+                    ).rows[0]
+                    assert row.tokens == alone.tokens
+                    assert {**row.forwards, "prefill": 0} == {**alone.forwards, "prefill": 0}
+                    assert row.finish == "length" or asked
+            assert row.forwards["prefill"] == 1 < alone.forwards["prefill"]
+
+
+def test_an_answer_is_right_when_every_value_is_in_it():
+    prompt = NeedlePrompt(np.zeros(8), ("111111", "222222"))
+    row = RowResult([], "They are 222222.", "stop", 2, {"prefill": 4, "exact": 2, "sparse": 6, "commit": 1}, 2, 16.0)
+    assert script.score(prompt, row) == script.Answered(False, 0.5, 4.0, 0.75)
+    assert script.score(prompt, replace(row, text="222222 111111")).is_right
 
 
 @pytest.fixture
@@ -130,7 +146,10 @@ def checkpoint(tmp_path, monkeypatch, tiny_backbone, converted_checkpoint):
     return ["base", "heldout.npy", "results/rules.json", "--device", "cpu"]
 
 
-SMALL = "--context 768 --blocks 2 --budgets 8 32 --dense-layers 1 --needles 6 --windows 3 --questions 2".split()
+SMALL = [
+    *("--context", "768", "--blocks", "2", "--budgets", "8", "32", "--dense-layers", "1"),
+    *("--needles", "6", "--windows", "3", "--questions", "2", "--continuations", "2"),
+]
 
 
 def test_the_file_holds_every_row_and_what_it_took(checkpoint, capsys):
@@ -139,7 +158,8 @@ def test_the_file_holds_every_row_and_what_it_took(checkpoint, capsys):
     result = json.loads(Path("results/rules.json").read_text())
     settings = result["settings"]
     assert settings["windows"]["given"] == 3 and settings["windows"]["done"] == 1  # the first unit is always done
-    assert settings["questions"] == {"given": 2, "done": 1, "batch": 1}
+    assert settings["questions"] == settings["continuations"] == {"given": 2, "done": 1}
+    assert settings["batch"] == 1 and list(settings["seconds"]) == ["given", "probes", "questions", "text"]
     assert settings["model"] == "base" and settings["dtype"] == "torch.float32"
     assert result["environment"]["commit"] == "abc"
     exact, *rows = result["rows"]
@@ -148,7 +168,7 @@ def test_the_file_holds_every_row_and_what_it_took(checkpoint, capsys):
     for row in rows:
         assert row["options"]["budget"] == row["budget"] and row["options"]["rule"] == row["rule"]
         assert row["ce_gap"]["mean"] == pytest.approx(row["ce"]["mean"] - exact["ce"]["mean"])
-        assert row["ce_gap"]["n"] == row["recall"]["n"] == row["needles"]["n"] == 1
+        assert row["ce_gap"]["n"] == row["recall"]["n"] == row["needles"]["n"] == row["text_sparse_steps"]["n"] == 1
         assert ("against_mage" in row) == (row["label"] != "mage")
     assert script.main(["--table", "results/rules.json"]) == 0
     tables = capsys.readouterr().out
@@ -157,15 +177,16 @@ def test_the_file_holds_every_row_and_what_it_took(checkpoint, capsys):
 
 
 def test_all_units_are_done_when_there_is_time(checkpoint):
-    assert script.main([*checkpoint, *SMALL, "--seconds", "600", "--batch", "2"]) == 0
+    assert script.main([*checkpoint, *SMALL, "--budgets", "8", "--seconds", "600", "--batch", "2"]) == 0
     result = json.loads(Path("results/rules.json").read_text())
     assert sorted(result["settings"]["windows"]["numbers"]) == [0, 1, 2]
     assert {row["ce"]["n"] for row in result["rows"]} == {3}
-    assert {row["found"]["n"] for row in result["rows"]} == {2}
+    for name in ("found", "stepped_found", "text_forwards_per_block"):
+        assert {row[name]["n"] for row in result["rows"]} == {2}
 
 
 def test_probes_alone(checkpoint):
-    assert script.main([*checkpoint, *SMALL, "--seconds", "0", "--questions", "0"]) == 0
+    assert script.main([*checkpoint, *SMALL, "--seconds", "0", "--questions", "0", "--continuations", "0"]) == 0
     result = json.loads(Path("results/rules.json").read_text())
     assert "needles" not in result["rows"][1] and result["settings"]["questions"]["done"] == 0
     assert script.markdown(result).count("| - |") > 0
@@ -177,12 +198,14 @@ def test_probes_alone(checkpoint):
         (["--budgets", "500"], "nothing would be sparse"),
         (["--context", "4096"], "longer than the model's"),
         (["--windows", "999"], "enough for"),
+        (["--blocks", "0"], "blocks=0"),
+        (["--questions", "-1"], "questions=-1"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(checkpoint, capsys, change, message):
     assert script.main([*checkpoint, *SMALL, *change]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bar
+    assert error.startswith("error: ") and message in error
     assert not Path("results").exists()
 
 

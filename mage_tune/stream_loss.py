@@ -1,0 +1,160 @@
+"""The objective on a training row: which streams its terms need, one forward pass, and the sum of every term.
+
+`mage_tune.objectives` holds the formulas; this module feeds them from the streams of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from mage_tune.backbone import hidden_states, output_head
+from mage_tune.objectives import (
+    attention_alignment_sum,
+    block_mean_queries,
+    cross_entropy_sum,
+    kl_sum,
+    query_alignment_sum,
+)
+from mage_tune.recipe_schema import Objective
+from mage_tune.selection import mean_probability, prefix_visible
+from mage_tune.streams import LayerView, Observer, RowStreams, StreamAttention
+
+
+class StreamLoss:
+    """The objective on one batch: sums of every active term and how many items each is a sum over."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        terms = {
+            "diffusion": objective.diffusion.weight,
+            "query_alignment": objective.query_alignment.weight,
+            "attention_alignment": objective.attention_alignment.weight,
+            "sparse_distillation": objective.sparse_distillation.weight,
+        }
+        self.weights = {name: weight for name, weight in terms.items() if weight > 0}
+
+    def collator_needs(self) -> dict[str, Any]:
+        """Which streams the rows must carry (arguments of `Collator`)."""
+        aligned = {"query_alignment", "attention_alignment"} & self.weights.keys()
+        sparse = "sparse_distillation" in self.weights
+        teacher_is_student = sparse and self.objective.sparse_distillation.teacher == "adapters_on"
+        return {
+            "exact_noisy": "diffusion" in self.weights or bool(aligned) or teacher_is_student,
+            "mask_stream": sparse or bool(aligned),
+            "sparse_stream": sparse,
+            "sampled_blocks": self.objective.attention_alignment.blocks if "attention_alignment" in aligned else 0,
+        }
+
+    def items(self, batch: dict[str, Any]) -> Tensor:
+        """(terms,) float64: how many items each active term of this batch is a sum over."""
+        counts = {
+            "diffusion": batch["loss_items"],
+            "query_alignment": batch["is_counted"].sum(),
+            "attention_alignment": batch["is_sampled"].sum() if "is_sampled" in batch else 0,
+            "sparse_distillation": batch.get("sparse_items", 0),
+        }
+        return torch.tensor([float(counts[name]) for name in self.weights], dtype=torch.float64)
+
+    def sums(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Scalar sum of every active term, with gradient; plus "sparse_share", a measurement."""
+        settings = self.objective.sparse_distillation
+        attention = StreamAttention(
+            batch["streams"],
+            budget=settings.budget or 0,
+            dense_layers=settings.dense_layers,
+            observers=self._observers(batch),
+        )
+        hidden = hidden_states(model, batch["input_ids"], batch["position_ids"], attention.attend).flatten(0, 1)
+        head = output_head(model)
+        sums = {name: attention.mean_over_layers(name) for name in attention.observers}
+        if "diffusion" in self.weights:
+            rows = hidden[batch["noisy_from"]]
+            sums["diffusion"] = cross_entropy_sum(rows, head, batch["noisy_target"], batch["noisy_weight"])
+        if "sparse_distillation" in self.weights:
+            sums |= self._sparse_sums(model, batch, hidden, head)
+        return sums
+
+    def _observers(self, batch: dict[str, Any]) -> dict[str, tuple[int, Observer]]:
+        observers: dict[str, tuple[int, Observer]] = {}
+        query = self.objective.query_alignment
+        if "query_alignment" in self.weights:
+
+            def align_queries(view: LayerView) -> Tensor:
+                at_mask = block_mean_queries(view.mask_rows)
+                return torch.stack(
+                    [
+                        query_alignment_sum(at_mask, block_mean_queries(later), counted, query.distance)
+                        for later, counted in zip(view.later_rows, batch["is_counted"], strict=True)
+                    ]
+                ).sum()
+
+            observers["query_alignment"] = (query.skip_layers, align_queries)
+        attention = self.objective.attention_alignment
+        if "attention_alignment" in self.weights:
+            later_first = attention.direction == "later_to_mask"
+
+            def align_attention(view: LayerView) -> Tensor:
+                at_mask = _sampled_attention(view, view.mask_rows, batch)
+                return torch.stack(
+                    [
+                        attention_alignment_sum(
+                            at_mask, _sampled_attention(view, later, batch), counted, later_first=later_first
+                        )
+                        for later, counted in zip(view.later_rows, batch["is_sampled"], strict=True)
+                    ]
+                ).sum()
+
+            observers["attention_alignment"] = (attention.skip_layers, align_attention)
+        return observers
+
+    def _sparse_sums(
+        self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module
+    ) -> dict[str, Tensor]:
+        settings = self.objective.sparse_distillation
+        row: RowStreams = batch["streams"]
+        student = hidden[batch["sparse_from"]]
+        loss = cross_entropy_sum(student, head, batch["sparse_target"], batch["sparse_weight"])
+        if settings.kl_weight > 0:
+            teacher = self._teacher_rows(model, batch, hidden)
+            divergence = kl_sum(
+                student,
+                teacher,
+                head,
+                batch["sparse_weight"],
+                teacher_first=settings.direction == "teacher_to_student",
+            )
+            loss = loss + settings.kl_weight * divergence
+        # Blocks that predict something, numbered through the batch, and the length of their prefix.
+        blocks = (batch["sparse_from"] // row.block_size).unique()
+        is_sparse = blocks * row.block_size % row.total > (settings.budget or 0)
+        return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
+
+    def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
+        """(n, hidden) of the exact teacher, without gradient: this pass's noisy stream, or the untuned model's."""
+        row: RowStreams = batch["streams"]
+        if self.objective.sparse_distillation.teacher == "adapters_on":
+            # The same predictions stand at the same place of the first exact noisy stream.
+            return hidden[batch["sparse_from"] + row.offset("noisy") - row.offset("sparse")].detach()
+        pair = RowStreams(row.length, row.block_size, noisy=1)
+        halves = (slice(0, row.length), slice(row.offset("clean"), row.total))  # x_t is what the sparse stream holds
+        inputs, positions = (
+            torch.cat([batch[name][:, half] for half in halves], dim=1) for name in ("input_ids", "position_ids")
+        )
+        adapters: PeftModel = model if isinstance(model, PeftModel) else model.module  # type: ignore[assignment]
+        with torch.no_grad(), adapters.disable_adapter():
+            exact = hidden_states(model, inputs, positions, StreamAttention(pair).attend)
+        return exact.flatten(0, 1)[batch["teacher_from"]]
+
+
+def _sampled_attention(view: LayerView, rows: Tensor, batch: dict[str, Any]) -> Tensor:
+    """(batch, KV heads, sampled, N) mean attention of the sampled blocks over their prefix."""
+    blocks = batch["sampled_blocks"]
+    num_rows, head_dim = rows.shape[-2:]
+    index = blocks[:, None, :, None, None].expand(-1, rows.shape[1], -1, num_rows, head_dim)
+    key = view.clean_key
+    visible = prefix_visible(blocks, key.shape[2], key.shape[2] // rows.shape[2])[:, None]
+    return mean_probability(rows.gather(2, index), key, visible, view.scaling)
