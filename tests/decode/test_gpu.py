@@ -1,5 +1,7 @@
 """On a GPU decoding writes what it writes on a CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,9 @@ def test_equals_the_cpu(tiny_lm, prompts, options):
     expected = lm.generate(batch, **common, **options)
     try:
         on_gpu = BlockDiffusionLM(lm.model.cuda(), lm.tokenizer, lm.family)
-        assert on_gpu.generate(batch, **common, **options).rows == expected.rows
+        got = on_gpu.generate(batch, **common, **options)
+        assert [replace(r, keys_kept=None) for r in got.rows] == [replace(r, keys_kept=None) for r in expected.rows]
+        # A mean over layers, whose rounding may differ where a rule gives each layer its own budget (mage-v1).
+        assert [r.keys_kept for r in got.rows] == pytest.approx([r.keys_kept for r in expected.rows])
     finally:
         lm.model.cpu()
