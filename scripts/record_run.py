@@ -50,9 +50,10 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="JSON file to write, in results/")
     parser.add_argument("--eval", type=Path, help="folder with results.json; RUN/eval by default")
     parser.add_argument("--evaluated", help="what was evaluated, for the record; RUN by default")
+    parser.add_argument("--command", nargs="+", help="commands that made the run, where they are not the usual two")
     parser.add_argument("--commit", help="the toolkit's commit, where the run was made on a copy without its history")
     arguments = parser.parse_args()
-    arguments.evaluated = arguments.evaluated or arguments.run
+    evaluated = arguments.evaluated or arguments.run
     evaluation = arguments.eval or arguments.run / "eval"
     for needed in (arguments.run / "metrics.jsonl", evaluation / "results.json"):
         if not needed.is_file():
@@ -61,7 +62,7 @@ def main() -> int:
     recipe = load_recipe(arguments.run / "recipe.yaml")
     environment = json.loads((arguments.run / "versions.json").read_text())
     record = {
-        "commands": [f"mage-tune train recipes/{recipe.name}.yaml", f"mage-tune eval {arguments.evaluated}"],
+        "commands": arguments.command or [f"mage-tune train recipes/{recipe.name}.yaml", f"mage-tune eval {evaluated}"],
         "environment": environment | ({"commit": arguments.commit} if arguments.commit else {}),
         "objective": recipe.objective.model_dump(mode="json"),
         "adapter": recipe.adapter.model_dump(mode="json"),
