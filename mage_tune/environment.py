@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mage_tune import __version__
+import mage_tune
 
 
 def environment() -> dict[str, Any]:
     """Versions of Python and of every package that matters, the device, and the toolkit's commit."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
-    versions: dict[str, Any] = {"python": platform.python_version(), "mage_tune": __version__}
+    versions: dict[str, Any] = {"python": platform.python_version(), "mage_tune": mage_tune.__version__}
     for name in packages:
         try:
             versions[name] = version(name)

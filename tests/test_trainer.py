@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import mage_tune.stream_loss as stream_loss_module
 import mage_tune.trainer as trainer_module
 from mage_tune.backbone import hidden_states, output_head, read_family
 from mage_tune.blocks import StreamLayout
@@ -514,7 +515,7 @@ def test_a_length_that_is_no_whole_number_of_the_checkpoints_blocks_is_refused(
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(recipe, monkeypatch):
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", lambda *args: cross_entropy_sum(*args) * float("nan"))
+    monkeypatch.setattr(stream_loss_module, "cross_entropy_sum", lambda *args: cross_entropy_sum(*args) * float("nan"))
     with pytest.raises(ValueError, match="not finite after training"):
         train(recipe(train={"steps": 2}))
     folder = Path(recipe().output)
