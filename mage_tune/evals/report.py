@@ -265,7 +265,10 @@ MARKS: dict[Verdict, Text] = {
 
 
 def print_tables(result: Result) -> None:
-    """Print every number as tables that fit 80 columns, and one closing sentence."""
+    """Print every number as tables that fit 80 columns, and in closing words what to remember.
+
+    Recall is never shown off alone: a tuned model's gap and exact cross-entropy stand beside it.
+    """
     console = Console(highlight=False)
     for section in sections(result):
         console.print(table(section))
@@ -275,6 +278,9 @@ def print_tables(result: Result) -> None:
             style="dim",
         )
     console.print(headline(result), style="bold")
+    if result["paired"]:
+        for _, words in summary(result)[:2]:
+            console.print(words)
 
 
 def table(section: Section) -> Table:
