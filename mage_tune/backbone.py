@@ -191,13 +191,20 @@ def load_backbone(
 
 
 def load_tokenizer(path: str, config: PreTrainedConfig, revision: str | None = None) -> Any | None:
-    """The tokenizer saved with a checkpoint, or None when it has none."""
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+    """The tokenizer saved with a checkpoint, or None when it has none.
+
+    Raises:
+        ValueError: there is one, and it does not load.
+    """
+    is_folder = Path(path).is_dir()
+    if is_folder and not any(Path(path).glob("tokenizer*")):
         return None  # transformers would make an empty one up
     try:
         return AutoTokenizer.from_pretrained(path, config=config, revision=revision)
-    except (OSError, ValueError):  # what transformers raises for a folder without tokenizer files
-        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not is_folder:
+            return None  # a repository without tokenizer files
+        raise ValueError(f"{path}: its tokenizer does not load: {error}") from error
 
 
 def random_backbone(
@@ -281,26 +288,21 @@ def attach_adapter(
     train_mask_embedding: bool = False,
     init_from: str | None = None,
 ) -> PeftModel:
-    """Freeze the model and put a trainable LoRA adapter on it (fields of `recipe.Adapter`); float32 adapter weights."""
+    """Freeze the model and put a trainable LoRA adapter on it (fields of `recipe.Adapter`; PEFT keeps it float32)."""
     if init_from is not None:
-        model = PeftModel.from_pretrained(backbone.model, init_from, is_trainable=True)
-    else:
-        rows = {"embed_tokens": [backbone.family.mask_id]} if train_mask_embedding else None
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            lora_dropout=dropout,
-            target_modules=list(targets or backbone.family.lora_targets),
-            use_rslora=rslora,
-            use_dora=dora,
-            trainable_token_indices=rows,  # type: ignore[arg-type]
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(backbone.model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+        return PeftModel.from_pretrained(backbone.model, init_from, is_trainable=True)
+    rows = {"embed_tokens": [backbone.family.mask_id]} if train_mask_embedding else None
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(targets or backbone.family.lora_targets),
+        use_rslora=rslora,
+        use_dora=dora,
+        trainable_token_indices=rows,  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(backbone.model, config)
 
 
 def family_facts(family: Family) -> dict[str, Any]:
@@ -319,14 +321,14 @@ def write_family(folder: Path, family: Family) -> None:
     (folder / FAMILY_FILE).write_text(json.dumps(family_facts(family), indent=2) + "\n")
 
 
-def read_family(folder: str | Path) -> tuple[Family, dict[str, Any]] | None:
-    """The family recorded beside a local adapter and its facts, or None."""
+def read_family(folder: str | Path) -> Family | None:
+    """The family recorded beside a local adapter, or None."""
     path = Path(folder) / FAMILY_FILE
     if not path.is_file():
         return None
     facts = json.loads(path.read_text())
-    overrides = {k: facts.get(k) for k in ("block_size", "mask_id", "pad_id")}
-    return get_family(facts["family"]).with_overrides(stop_ids=tuple(facts["stop_ids"]), **overrides), facts
+    name, stop_ids = facts.pop("family"), tuple(facts.pop("stop_ids"))
+    return get_family(name).with_overrides(stop_ids=stop_ids, **facts)
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None) -> Path:
@@ -343,14 +345,13 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None) -> Path
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another folder or remove it")
-    known = read_family(adapter)
-    if known is None:
+    family = read_family(adapter)
+    if family is None:
         raise ValueError(f"{adapter}: no {FAMILY_FILE} beside the adapter, so its family is unknown")
-    family, facts = known
     base = base or json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
     backbone = load_backbone(base, family=family, dtype="float32", device="cpu")
     merged = PeftModel.from_pretrained(backbone.model, str(adapter)).merge_and_unload()
-    merged.config.mage_tune = facts
+    merged.config.mage_tune = family_facts(family)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

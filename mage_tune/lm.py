@@ -92,9 +92,9 @@ def load(
     record: str | Family | None = family
     known = read_family(adapter) if adapter is not None and family is None else None
     if known is not None:
-        record = known[0]
+        record = known
         # What the adapter was trained with wins over the checkpoint's config, and the caller over both.
-        facts = {name: getattr(known[0], name) if fact is None else fact for name, fact in facts.items()}
+        facts = {name: getattr(known, name) if fact is None else fact for name, fact in facts.items()}
     backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
     return from_backbone(backbone, adapter)
 

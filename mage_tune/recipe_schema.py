@@ -317,7 +317,7 @@ class Eval(Section):
 
     text: str | None = Field(
         None,
-        description="Held-out text; same forms as a text source. None skips text probes.",
+        description="Held-out text, which an evaluation needs; same forms as a text source.",
         json_schema_extra=PATH,
     )
     context: int = Field(2048, ge=1, description="Tokens of context of the text probes.")

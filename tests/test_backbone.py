@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mage_tune.backbone import (
@@ -15,6 +15,7 @@ from mage_tune.backbone import (
     check_facts,
     hidden_states,
     load_backbone,
+    load_tokenizer,
     merge,
     output_head,
     random_backbone,
@@ -23,6 +24,7 @@ from mage_tune.backbone import (
     write_family,
 )
 from mage_tune.blocks import StreamLayout
+from mage_tune.data.tokenizer import byte_tokenizer
 from mage_tune.families import CONVERTED, SDAR
 from mage_tune.lm import load
 from mage_tune.streams import RowStreams, StreamAttention
@@ -123,6 +125,14 @@ def test_published_checkpoints_load_into_native_classes(published, name, native)
     head_dim = published(name).facts["config"].get("head_dim", 12)
     frequencies = 1e6 ** -(torch.arange(0, head_dim, 2) / head_dim)  # buffers that no checkpoint holds
     close(backbone.model.model.rotary_emb.inv_freq, frequencies, 1e-7)
+
+
+def test_a_broken_tokenizer_is_an_error_not_a_missing_one(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), LlamaConfig()) is not None
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ValueError, match="its tokenizer does not load"):
+        load_tokenizer(str(tmp_path), LlamaConfig())
 
 
 def test_a_converted_checkpoint_tells_everything_itself(tiny_backbone, converted_checkpoint, ids):
@@ -261,7 +271,7 @@ def test_plain_peft_loads_an_adapter_and_gives_our_logits(
 def test_family_facts_survive_beside_an_adapter(tmp_path):
     family = SDAR.with_overrides(block_size=8, mask_id=63, stop_ids=(1, 2), pad_id=0)
     write_family(tmp_path, family)
-    assert read_family(tmp_path)[0] == family
+    assert read_family(tmp_path) == family
     assert read_family(tmp_path / "nowhere") is None
 
 

@@ -344,7 +344,7 @@ def test_a_run_folder_holds_adapter_facts_and_every_term(recipe):
         "adapter_config.json", ADAPTER_FILE, "checkpoints", "mage_tune.json", "metrics.jsonl", "recipe.yaml",
         "versions.json",
     }  # fmt: skip
-    assert read_family(folder)[0].mask_id == 63
+    assert read_family(folder).mask_id == 63
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
