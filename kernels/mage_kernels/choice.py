@@ -1,0 +1,84 @@
+"""Which implementation of an operation runs: asked for by name, or "auto" by what the tensors and the machine allow."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("mage_kernels")
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+MAX_HEAD_DIM = 256
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Why Triton cannot run on these tensors, or None when it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if any(x.requires_grad for x in tensors) and torch.is_grad_enabled():
+        return "it has no backward, and an input requires a gradient"
+    dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+    if is_interpreted():
+        return f"Triton's interpreter computes wrong products in {torch.bfloat16}" if torch.bfloat16 in dtypes else None
+    device = tensors[0].device
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def choose(op: str, impl: str, *tensors: Tensor, limit: str | None = None) -> bool:
+    """Whether to run Triton.
+
+    Args:
+        op: name of the operation, for messages.
+        impl: "auto", "triton" or "reference".
+        tensors: the operation's inputs, which must be on one device.
+        limit: what the kernel of this operation cannot do with these inputs, if anything.
+
+    Raises:
+        ValueError: no such implementation, or tensors on several devices.
+        RuntimeError: "triton" was asked for and cannot run; says why.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors on several devices: {', '.join(sorted(map(str, devices)))}")
+    if impl == "reference":
+        return False
+    reason = why_not_triton(*tensors) or limit
+    if impl == "triton" and reason is not None:
+        raise RuntimeError(f"{op}: impl='triton' cannot run: {reason}")
+    if impl == "auto":
+        _log_once(op, reason)
+    return reason is None
+
+
+def tensor_core_limit(*tensors: Tensor) -> str | None:
+    """Why matrix products of these tensors cannot run in Triton, or None: bf16 and fp16 on a GPU, D up to 256."""
+    if tensors[0].shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim {tensors[0].shape[-1]} is over {MAX_HEAD_DIM}"
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1:
+        return f"query, key and value have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    allowed = {torch.float16, torch.bfloat16} | ({torch.float32} if is_interpreted() else set())
+    if not dtypes <= allowed:
+        return f"it computes in bf16 and fp16, not in {dtypes.pop()}"  # a tensor core would round float32 to tf32
+    return None
+
+
+@cache
+def _log_once(op: str, reason: str | None) -> None:
+    logger.info("%s: %s", op, "triton" if reason is None else f"reference, because {reason}")

@@ -1,0 +1,47 @@
+"""Plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_append(
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See `mage_kernels.rope_append.rope_append`."""
+    batch, kv_heads, _, head_dim = keys.shape
+    size = qkv.shape[0] // batch
+    heads = qkv.view(batch, size, -1, head_dim).transpose(1, 2)  # (batch, heads, B, D)
+    query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    step = torch.arange(size, device=qkv.device)
+    place = (positions[:, None] + step)[:, None]  # (batch, 1, B)
+    query = rotate(normalise(query, query_norm, eps), cosine[place], sine[place])
+    key = rotate(normalise(key, key_norm, eps), cosine[place], sine[place])
+    row = torch.arange(batch, device=qkv.device)[:, None]
+    keys[row, :, slots[:, None] + step] = key.transpose(1, 2)
+    values[row, :, slots[:, None] + step] = value.transpose(1, 2)
+    return query.reshape(batch, kv_heads, -1, head_dim)
+
+
+def normalise(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of each head, where the model has one."""
+    if weight is None:
+        return heads
+    wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(heads.dtype)
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding, half-rotation form."""
+    low, high = heads.to(torch.promote_types(heads.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(heads.dtype)

@@ -1,0 +1,116 @@
+"""One program per token and head: normalise, rotate, and put it where it belongs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def rope_append_kernel(
+    qkv_ptr,
+    cosine_ptr,
+    sine_ptr,
+    positions_ptr,
+    slots_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    rows_ptr,
+    keys_ptr,
+    values_ptr,
+    eps,
+    KEY_STRIDES,
+    VALUE_STRIDES,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns one head of one token; heads are numbered queries first, then keys, then values."""
+    i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_batch, i_place = i_token // SIZE, i_token % SIZE
+    o_half = tl.arange(0, BLOCK)
+    m_half = o_half < HALF
+    p_head = qkv_ptr + (i_token * (HEADS + 2 * KV_HEADS) + i_head) * 2 * HALF
+    b_low = tl.load(p_head + o_half, mask=m_half, other=0.0)  # [BLOCK]
+    b_high = tl.load(p_head + HALF + o_half, mask=m_half, other=0.0)
+    s_slot = tl.load(slots_ptr + i_batch).to(tl.int64) + i_place
+    if i_head >= HEADS + KV_HEADS:
+        i_kv = i_head - HEADS - KV_HEADS
+        p_value = values_ptr + i_batch * VALUE_STRIDES[0] + i_kv * VALUE_STRIDES[1] + s_slot * VALUE_STRIDES[2]
+        tl.store(p_value + o_half, b_low, mask=m_half)
+        tl.store(p_value + HALF + o_half, b_high, mask=m_half)
+    else:
+        is_key = i_head >= HEADS
+        if HAS_NORM:
+            p_norm = key_norm_ptr if is_key else query_norm_ptr
+            b_wide_low, b_wide_high = b_low.to(tl.float32), b_high.to(tl.float32)
+            s_square = tl.sum(b_wide_low * b_wide_low, 0) + tl.sum(b_wide_high * b_wide_high, 0)
+            s_scale = tl.rsqrt(s_square / (2 * HALF) + eps)
+            b_weight_low = tl.load(p_norm + o_half, mask=m_half, other=0.0).to(tl.float32)
+            b_weight_high = tl.load(p_norm + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+            # Rounded where the unfused code rounds: after the scale and after the weight.
+            dtype = qkv_ptr.dtype.element_ty
+            b_low = ((b_wide_low * s_scale).to(dtype).to(tl.float32) * b_weight_low).to(dtype)
+            b_high = ((b_wide_high * s_scale).to(dtype).to(tl.float32) * b_weight_high).to(dtype)
+        o_table = (tl.load(positions_ptr + i_batch).to(tl.int64) + i_place) * HALF + o_half
+        b_cosine = tl.load(cosine_ptr + o_table, mask=m_half, other=0.0)
+        b_sine = tl.load(sine_ptr + o_table, mask=m_half, other=0.0)
+        b_wide_low, b_wide_high = b_low.to(tl.float32), b_high.to(tl.float32)
+        b_new_low = b_wide_low * b_cosine - b_wide_high * b_sine
+        b_new_high = b_wide_high * b_cosine + b_wide_low * b_sine
+        if is_key:
+            i_kv = i_head - HEADS
+            p_out = keys_ptr + i_batch * KEY_STRIDES[0] + i_kv * KEY_STRIDES[1] + s_slot * KEY_STRIDES[2]
+            tl.store(p_out + o_half, b_new_low, mask=m_half)
+            tl.store(p_out + HALF + o_half, b_new_high, mask=m_half)
+        else:
+            p_out = rows_ptr + ((i_batch * HEADS + i_head) * SIZE + i_place) * 2 * HALF
+            tl.store(p_out + o_half, b_new_low, mask=m_half)
+            tl.store(p_out + HALF + o_half, b_new_high, mask=m_half)
+
+
+def rope_append(
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See `mage_kernels.rope_append.rope_append`."""
+    batch, kv_heads, _, head_dim = keys.shape
+    tokens, size = qkv.shape[0], qkv.shape[0] // batch
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    rows = torch.empty(batch, kv_heads, heads // kv_heads * size, head_dim, dtype=qkv.dtype, device=qkv.device)
+    rope_append_kernel[(tokens, heads + 2 * kv_heads)](
+        qkv,
+        cosine,
+        sine,
+        positions,
+        slots,
+        qkv if query_norm is None else query_norm,
+        qkv if key_norm is None else key_norm,
+        rows,
+        keys,
+        values,
+        eps,
+        KEY_STRIDES=keys.stride()[:3],
+        VALUE_STRIDES=values.stride()[:3],
+        SIZE=size,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HAS_NORM=query_norm is not None,
+        HALF=head_dim // 2,
+        BLOCK=triton.next_power_of_2(head_dim // 2),
+        num_warps=1,
+    )
+    return rows

@@ -1,0 +1,67 @@
+"""Which k keys each KV head keeps, for all layers at once: tile mass, a shortlist of tiles, and their keys' scores.
+
+A composition of `top_k` and `tile_probability`. The result is the choice from a full `mean_probability` sweep wherever
+`is_exact` says so: no key of a tile left out can score more than that tile's mass, so it is enough that the worst key
+chosen scores at least the best mass left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mage_kernels.key_scores import tile_probability
+from mage_kernels.top_k import top_k
+
+
+class Selected(NamedTuple):
+    """One list of keys for every (layer, batch row, KV head)."""
+
+    index: Tensor
+    """([layers,] batch, KV heads, k) int32 positions, ascending; 0 beyond the count."""
+    count: Tensor
+    """([layers,] batch, KV heads) int32."""
+    is_exact: Tensor
+    """([layers,] batch, KV heads) bool: certainly what a full sweep would choose."""
+
+
+def select_keys(
+    query: Tensor,
+    key: Tensor,
+    log_mass: Tensor,
+    mass: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k: int,
+    *,
+    tile: int,
+    shortlist: int | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    impl: str = "auto",
+) -> Selected:
+    """The k keys of highest mean probability, from the best tiles.
+
+    Args:
+        query, key, log_mass, lengths, scale: as for `key_scores.mean_probability`.
+        mass: ([layers,] batch, KV heads, T) float32 from `key_scores.tile_mass`.
+        k: keys to choose, sinks and recent window included.
+        tile: keys per tile of `mass`.
+        shortlist: tiles to look into, sink and recent tiles included; by default 8 times as many keys as are chosen.
+        sinks, recent: first and last valid keys that are chosen whatever their score.
+    """
+    if shortlist is None:
+        shortlist = 8 * -(-k // tile)
+    tiles = top_k(mass, min(shortlist, mass.shape[-1]), lengths, page=tile, sinks=sinks, recent=recent, impl=impl)
+    score = tile_probability(query, key, log_mass, lengths, scale, tiles.index, tiles.count, tile, impl=impl)
+    # Tiles ascend and only the last valid one can be short, so the valid candidates come first and stay in order.
+    row_lengths = lengths[:, None].expand(tiles.count.shape)
+    last = tiles.index.gather(-1, (tiles.count - 1).clamp(min=0)[..., None].long()).squeeze(-1)
+    candidates = (tiles.count - 1) * tile + torch.minimum(row_lengths - last * tile, torch.full_like(last, tile))
+    candidates = torch.where(tiles.count > 0, candidates, 0).int().contiguous()
+    best = top_k(score, k, candidates, sinks=sinks, recent=recent, impl=impl)
+    position = tiles.index.gather(-1, (best.index // tile).long()) * tile + best.index % tile
+    is_meant = torch.arange(k, device=position.device) < best.count[..., None]
+    return Selected(position.where(is_meant, 0), best.count, best.worst_chosen >= tiles.best_left)

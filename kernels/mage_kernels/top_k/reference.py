@@ -1,0 +1,32 @@
+"""Top-k by a stable sort."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(
+    score: Tensor, k: int, lengths: Tensor, page: int, sinks: int, recent: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `mage_kernels.top_k.top_k`."""
+    size = score.shape[-1]
+    lengths = (lengths[:, None] if lengths.dim() == 1 else lengths)[..., None]
+    first = torch.arange(size, device=score.device) * page
+    is_valid = (first < lengths).expand_as(score)
+    is_forced = is_valid & ((first < sinks) | ((first + page > lengths - recent) & (recent > 0)))
+    # Three classes, each by score, then by position: stable sorts from the least important criterion to the first.
+    by_score = torch.where(is_forced, 0.0, score).sort(dim=-1, descending=True, stable=True).indices
+    rank = is_forced.int() * 2 + is_valid.int()
+    by_class = rank.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
+    best = by_score.gather(-1, by_class)[..., :k]
+    is_chosen = torch.zeros_like(is_valid).scatter(-1, best, True) & is_valid
+    position = torch.where(is_chosen, torch.arange(size, device=score.device), size)
+    index = torch.nn.functional.pad(position.sort(dim=-1).values[..., :k], (0, max(0, k - size)), value=size)
+    on_merit, left = is_chosen & ~is_forced, is_valid & ~is_chosen
+    return (
+        index.where(index < size, 0).int(),
+        is_chosen.sum(-1, dtype=torch.int32),
+        score.masked_fill(~on_merit, float("inf")).amin(-1),
+        score.masked_fill(~left, float("-inf")).amax(-1),
+    )
