@@ -78,24 +78,53 @@ def _sum_in_chunks(part: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Te
     return total
 
 
-def block_mean_queries(rows: Tensor) -> Tensor:
-    """(batch, KV heads, blocks, R, D) packed queries -> their float32 mean (batch, KV heads, blocks, D)."""
-    return rows.float().mean(dim=-2)
+def block_mean_queries(rows: Tensor, group: int = 1) -> Tensor:
+    """Block-average queries.
+
+    Args:
+        rows: (batch, KV heads, blocks, R, D) packed queries, ordered by query head, then position.
+        group: query heads kept apart in each KV head; 1 averages over them too.
+
+    Returns:
+        (batch, KV heads * group, blocks, D) float32.
+    """
+    mean = rows.float().unflatten(-2, (group, -1)).mean(dim=-2)  # (batch, KV heads, blocks, group, D)
+    return mean.transpose(2, 3).flatten(1, 2)
 
 
-def query_alignment_sum(at_mask: Tensor, later: Tensor, is_counted: Tensor, distance: str = "cosine") -> Tensor:
+def undo_rotary(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Packed queries as they were before rotary positions (the half-split form of Llama and Qwen).
+
+    Args:
+        rows: (batch, KV heads, blocks, R, D), rows ordered by query head, then position.
+        cos, sin: (blocks, B, D) of every position.
+
+    Returns:
+        Same shape as `rows`, float32.
+    """
+    by_head = rows.float().unflatten(-2, (-1, cos.shape[1]))  # (batch, KV heads, blocks, group, B, D)
+    first, second = by_head.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return ((by_head * cos - turned * sin) / (cos.square() + sin.square())).flatten(-3, -2)
+
+
+def query_alignment_sum(
+    at_mask: Tensor, later: Tensor, is_counted: Tensor, distance: str = "cosine", *, symmetric: bool = False
+) -> Tensor:
     """Distance between block-average queries at the all-[MASK] step and at a later step.
 
     Args:
-        at_mask: (batch, KV heads, blocks, D); carries the gradient.
-        later: same shape; the target, no gradient.
+        at_mask: (batch, heads, blocks, D); carries the gradient.
+        later: same shape; the target.
         is_counted: (batch, blocks) bool.
         distance: "cosine" (1 - cosine) or "squared" (squared error / squared norm of the target).
+        symmetric: gradient flows to the target too; else only to `at_mask`.
 
     Returns:
-        Scalar: sum over counted blocks of the mean over KV heads.
+        Scalar: sum over counted blocks of the mean over heads.
     """
-    later = later.detach()
+    later = later if symmetric else later.detach()
     if distance == "cosine":
         apart = 1.0 - F.cosine_similarity(at_mask, later, dim=-1)
     elif distance == "squared":
@@ -106,7 +135,14 @@ def query_alignment_sum(at_mask: Tensor, later: Tensor, is_counted: Tensor, dist
 
 
 def attention_alignment_sum(
-    at_mask: Tensor, later: Tensor, is_counted: Tensor, *, later_first: bool = True, floor: float = 1e-8
+    at_mask: Tensor,
+    later: Tensor,
+    is_counted: Tensor,
+    *,
+    later_first: bool = True,
+    top_k: int | None = None,
+    power: float = 1.0,
+    floor: float = 1e-8,
 ) -> Tensor:
     """KL between the block's mean attention over the prefix at a later step and at the all-[MASK] step.
 
@@ -115,12 +151,29 @@ def attention_alignment_sum(
             target, no gradient.
         is_counted: (batch, blocks) bool; a counted block has a prefix.
         later_first: KL(later || all-mask): all-[MASK] attention must cover every key that matters later. Else reversed.
+        top_k: compare on the keys of highest probability at the later step alone, both sides renormalised there.
+        power: compare distributions proportional to probability ** power: below 1, keys of little mass count for more.
         floor: added inside the logarithms, so that keys outside the prefix count for nothing.
 
     Returns:
         Scalar: sum over counted blocks of the mean over KV heads, in nats.
     """
     later = later.detach()
+    if top_k is not None:
+        best = later.topk(min(top_k, later.shape[-1]), dim=-1).indices
+        later, at_mask = _sharpened(later.gather(-1, best), power), _sharpened(at_mask.gather(-1, best), power)
+    elif power != 1.0:
+        later, at_mask = _sharpened(later, power), _sharpened(at_mask, power)
     first, second = (later, at_mask) if later_first else (at_mask, later)
     divergence = (first * ((first + floor).log() - (second + floor).log())).sum(-1)
     return (divergence.mean(dim=1) * is_counted).sum()
+
+
+def _sharpened(probability: Tensor, power: float, least: float = 1e-12) -> Tensor:
+    """probability ** power, renormalised over the last dimension; zeros stay zeros and pass no gradient.
+
+    `least` keeps the gradient of a power below 1 finite: keys of less mass than that are outside the prefix, or never
+    chosen.
+    """
+    raised = torch.where(probability > least, probability.clamp_min(least) ** power, 0.0)
+    return raised / raised.sum(-1, keepdim=True).clamp_min(least)

@@ -233,6 +233,13 @@ class QueryAlignment(Section):
     distance: Literal["cosine", "squared"] = Field(
         "cosine", description="1 - cosine, or squared error relative to the target's squared norm."
     )
+    average: Literal["group", "head"] = Field(
+        "group", description="Queries are averaged over the block and the heads of a group, or over the block alone."
+    )
+    rotary: Literal["after", "before"] = Field(
+        "after", description="Compare queries after rotary positions, as selection scores them, or before."
+    )
+    symmetric: bool = Field(False, description="Also draw the later step's queries to those of the all-[MASK] step.")
     skip_layers: int = Field(2, ge=0, description="First layers left out, as they stay dense in decoding.")
 
 
@@ -240,9 +247,13 @@ class AttentionAlignment(Section):
     """The all-[MASK] stream's mean attention over the prefix is drawn to that of the later step."""
 
     weight: Weight = Field(0.0, description="Weight of this term in the loss.")
-    blocks: int = Field(8, ge=1, description="Blocks sampled per row and step.")
+    blocks: int = Field(8, ge=1, description="Blocks sampled per row and step; all of them where there are fewer.")
     direction: Literal["later_to_mask", "mask_to_later"] = Field(
         "later_to_mask", description="KL(later || all-mask), which covers the later step's keys, or the reverse."
+    )
+    top_k: int | None = Field(None, ge=1, description="Compare on the later step's own top keys alone, renormalised.")
+    power: float = Field(
+        1.0, gt=0, le=1, description="Compare probabilities raised to this power: below 1, rare keys count for more."
     )
     skip_layers: int = Field(2, ge=0, description="First layers left out, as they stay dense in decoding.")
 

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mage_tune.backbone import hidden_states, output_head
+from mage_tune.backbone import causal_lm, hidden_states, output_head
 from mage_tune.objectives import (
     attention_alignment_sum,
     block_mean_queries,
     cross_entropy_sum,
     kl_sum,
     query_alignment_sum,
+    undo_rotary,
 )
 from mage_tune.recipe_schema import Objective
 from mage_tune.selection import mean_probability, prefix_visible
@@ -66,7 +68,7 @@ class StreamLoss:
             batch["streams"],
             budget=settings.budget or 0,
             dense_layers=settings.dense_layers,
-            observers=self._observers(batch),
+            observers=self._observers(model, batch),
         )
         hidden = hidden_states(model, batch["input_ids"], batch["position_ids"], attention.attend).flatten(0, 1)
         head = output_head(model)
@@ -78,16 +80,19 @@ class StreamLoss:
             sums |= self._sparse_sums(model, batch, hidden, head)
         return sums
 
-    def _observers(self, batch: dict[str, Any]) -> dict[str, tuple[int, Observer]]:
+    def _observers(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, tuple[int, Observer]]:
         observers: dict[str, tuple[int, Observer]] = {}
         query = self.objective.query_alignment
         if "query_alignment" in self.weights:
+            mean_queries = self._mean_queries(model, batch)
 
             def align_queries(view: LayerView) -> Tensor:
-                at_mask = block_mean_queries(view.mask_rows)
+                at_mask = mean_queries(view.mask_rows)
                 return torch.stack(
                     [
-                        query_alignment_sum(at_mask, block_mean_queries(later), counted, query.distance)
+                        query_alignment_sum(
+                            at_mask, mean_queries(later), counted, query.distance, symmetric=query.symmetric
+                        )
                         for later, counted in zip(view.later_rows, batch["is_counted"], strict=True)
                     ]
                 ).sum()
@@ -102,7 +107,12 @@ class StreamLoss:
                 return torch.stack(
                     [
                         attention_alignment_sum(
-                            at_mask, _sampled_attention(view, later, batch), counted, later_first=later_first
+                            at_mask,
+                            _sampled_attention(view, later, batch),
+                            counted,
+                            later_first=later_first,
+                            top_k=attention.top_k,
+                            power=attention.power,
                         )
                         for later, counted in zip(view.later_rows, batch["is_sampled"], strict=True)
                     ]
@@ -110,6 +120,19 @@ class StreamLoss:
 
             observers["attention_alignment"] = (attention.skip_layers, align_attention)
         return observers
+
+    def _mean_queries(self, model: nn.Module, batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """(batch, KV heads, blocks, R, D) queries -> (batch, heads, blocks, D) that query alignment compares."""
+        settings, row = self.objective.query_alignment, batch["streams"]
+        config = causal_lm(model).config
+        group = config.num_attention_heads // config.num_key_value_heads if settings.average == "head" else 1
+        if settings.rotary == "after":
+            return lambda rows: block_mean_queries(rows, group)
+        positions = batch["position_ids"][:1, : row.length]
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)  # tells dtype and device
+        cos, sin = causal_lm(model).model.rotary_emb(like, positions)  # (1, length, D)
+        cos, sin = (part.unflatten(1, (-1, row.block_size))[0] for part in (cos, sin))
+        return lambda rows: block_mean_queries(undo_rotary(rows, cos, sin), group)
 
     def _sparse_sums(
         self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mage_tune.objectives import (
     attention_alignment_sum,
@@ -16,7 +17,9 @@ from mage_tune.objectives import (
     cross_entropy_sum,
     kl_sum,
     query_alignment_sum,
+    undo_rotary,
 )
+from mage_tune.selection import packed_rows
 
 ROWS, HIDDEN, VOCAB = 7, 5, 11
 BATCH, HEADS, BLOCKS, DIM, KEYS = 2, 3, 4, 6, 9
@@ -189,6 +192,21 @@ def test_query_alignment_equals_a_slow_transcription(rng, distance):
 
 
 @pytest.mark.parametrize("distance", ["cosine", "squared"])
+def test_symmetric_alignment_moves_both_sides_to_the_same_value(rng, distance):
+    at_mask, later = rng.normal(size=(2, BATCH, HEADS, BLOCKS, DIM))
+    counted = np.ones((BATCH, BLOCKS), dtype=bool)
+    query, target = tensor(at_mask, grad=True), tensor(later, grad=True)
+    loss = query_alignment_sum(query, target, torch.from_numpy(counted), distance, symmetric=True)
+    assert loss.item() == pytest.approx(slow_query_alignment(at_mask, later, counted, distance), rel=1e-5)
+    loss.backward()
+    for side, slow in (
+        (query, numerical_gradient(lambda x: slow_query_alignment(x, later, counted, distance), at_mask)),
+        (target, numerical_gradient(lambda x: slow_query_alignment(at_mask, x, counted, distance), later)),
+    ):
+        np.testing.assert_allclose(side.grad.numpy(), slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "squared"])
 def test_aligned_queries_cost_nothing(rng, distance):
     later = tensor(rng.normal(size=(BATCH, HEADS, BLOCKS, DIM)))
     counted = torch.ones(BATCH, BLOCKS, dtype=torch.bool)
@@ -219,6 +237,26 @@ def test_block_means_are_float32_means_over_positions_and_group(rng):
     np.testing.assert_allclose(mean.numpy(), rows.double().numpy().mean(axis=3), atol=1e-6)
 
 
+def test_block_means_of_every_head_of_a_group(rng):
+    rows = rng.normal(size=(BATCH, HEADS, BLOCKS, 6, DIM))  # two query heads of three positions
+    mean = block_mean_queries(tensor(rows), group=2)
+    for head in range(HEADS):
+        for member in range(2):
+            expected = rows[:, head, :, 3 * member : 3 * member + 3].mean(axis=2)
+            np.testing.assert_allclose(mean[:, 2 * head + member].numpy(), expected, atol=1e-6)
+
+
+def test_rotary_positions_are_undone(rng):
+    """Against transformers' own rotation, on packed rows."""
+    size, blocks, group, dim = 4, 3, 2, 6
+    query = tensor(rng.normal(size=(1, 2 * group, size * blocks, dim)))
+    angle = tensor(rng.normal(size=(1, size * blocks, dim // 2))).repeat(1, 1, 2)
+    cos, sin = 1.3 * angle.cos(), 1.3 * angle.sin()  # some rope types scale both
+    turned, _ = apply_rotary_pos_emb(query, query, cos, sin)
+    before = undo_rotary(packed_rows(turned, 2, size), *(part[0].view(blocks, size, dim) for part in (cos, sin)))
+    torch.testing.assert_close(before, packed_rows(query, 2, size))
+
+
 # --- attention alignment ---------------------------------------------------------------------------------------------
 
 
@@ -247,6 +285,31 @@ def test_attention_alignment_equals_a_slow_transcription(rng, later_first):
     loss.backward()
     np.testing.assert_allclose(ours.grad.numpy(), numerical_gradient(slow, at_mask, 1e-6), atol=2e-4)
     assert target.grad is None
+
+
+@pytest.mark.parametrize(("top_k", "power"), [(3, 1.0), (3, 0.5), (None, 0.5), (99, 1.0)])
+def test_attention_alignment_on_the_top_keys_and_sharpened(rng, top_k, power):
+    at_mask, later = probabilities(rng, 2, BATCH, HEADS, BLOCKS, KEYS)
+    at_mask[:, :, 1, 5:] = later[:, :, 1, 5:] = 0.0  # a shorter prefix
+    counted = rng.random((BATCH, BLOCKS)) < 0.6
+    best = np.argsort(-later, axis=-1)[..., : top_k or KEYS]
+
+    def transformed(x: np.ndarray) -> np.ndarray:
+        raised = np.take_along_axis(x, best, axis=-1).clip(min=0) ** power
+        return raised / raised.sum(-1, keepdims=True)
+
+    def slow(x: np.ndarray) -> float:
+        return slow_attention_alignment(transformed(later), transformed(x), counted, 1e-3)
+
+    ours = tensor(at_mask, grad=True)
+    loss = attention_alignment_sum(ours, tensor(later), torch.from_numpy(counted), top_k=top_k, power=power, floor=1e-3)
+    assert loss.item() == pytest.approx(slow(at_mask), rel=1e-4)
+    loss.backward()
+    visible = at_mask > 0  # elsewhere a power below 1 has no finite slope
+    np.testing.assert_allclose(
+        ours.grad.numpy()[visible], numerical_gradient(slow, at_mask, 1e-7)[visible], rtol=1e-2, atol=2e-3
+    )
+    assert ours.grad.isfinite().all()
 
 
 def test_attention_alignment_is_the_kl_divergence(rng):

@@ -31,7 +31,7 @@ class Collator:
         exact_noisy: rows carry exact noisy streams (one, or two complementary views).
         mask_stream: rows carry the all-[MASK] stream.
         sparse_stream: rows carry the sparse stream (a copy of the first noisy view).
-        sampled_blocks: blocks sampled per row and step for attention alignment; 0 for none.
+        sampled_blocks: blocks sampled per row and step for attention alignment, all where there are fewer; 0 for none.
         length_multiple: rows are padded to a multiple of this many tokens (and of the block size).
     """
 
@@ -184,8 +184,9 @@ class Collator:
     def _sample_blocks(self, is_counted: np.ndarray, row: int) -> dict[str, np.ndarray]:
         """Blocks of this step's attention alignment, without repetition; fewer where fewer count."""
         generator = noise_generator(self.seed, row, BLOCK_DRAW)
-        chosen = generator.permutation(np.flatnonzero(is_counted.any(axis=0)))[: self.sampled_blocks]
-        blocks = np.zeros(self.sampled_blocks, dtype=np.int64)  # block 0 fills up: it has no prefix and never counts
+        count = min(self.sampled_blocks, is_counted.shape[1])
+        chosen = generator.permutation(np.flatnonzero(is_counted.any(axis=0)))[:count]
+        blocks = np.zeros(count, dtype=np.int64)  # block 0 fills up: it has no prefix and never counts
         blocks[: len(chosen)] = chosen
         return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks]}
 

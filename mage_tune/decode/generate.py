@@ -89,7 +89,7 @@ def generate(
         stop_ids: tokens that end the text; the family's by default, empty for none.
         stop_strings: strings that end the text; need a tokenizer.
         prefill_chunk: prompt tokens per forward pass.
-        cache: of one row, kept between calls: whole blocks of the prompt it already holds are not read again.
+        cache: with a row for each prompt, kept between calls: whole blocks that it already holds are not read again.
         on_step: called for every row when a block is laid out and after each of its steps.
 
     Raises:
@@ -122,8 +122,8 @@ def generate(
         seed=seed if isinstance(seed, int) else tuple(seed),
     )
     check_prompts(lm, prompts, settings)
-    if cache is not None and (len(prompts) != 1 or len(cache.ids) != 1):
-        raise ValueError("a kept cache serves one prompt at a time")
+    if cache is not None and len(cache.ids) != len(prompts):
+        raise ValueError(f"the kept cache has {len(cache.ids)} rows for {len(prompts)} prompts; it needs one for each")
     rows = [Row(i, ids, len(ids) + max_new_tokens, settings.row_seed(i)) for i, ids in enumerate(prompts)]
     with torch.no_grad(), _evaluating(lm.model):
         Writer(lm, settings, rows, cache, on_step).run()

@@ -69,8 +69,13 @@ class Choice:
 
     def take(self, batch_rows: Sequence[int]) -> Choice:
         """The choice for some rows of the batch."""
+        batch_rows = list(batch_rows)
         residual = None if self.residual is None else self.residual.take(batch_rows)
-        return Choice(self.selection.take(batch_rows), residual, [])
+        observed = [
+            Observed(seen.score[batch_rows], None if seen.strength is None else seen.strength[batch_rows])
+            for seen in self.observed
+        ]
+        return Choice(self.selection.take(batch_rows), residual, observed)
 
 
 def choose_forward(

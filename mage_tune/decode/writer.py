@@ -202,9 +202,7 @@ class Writer:
                     row.keys_kept += kept[i]
                     row.sparse_blocks += row.index not in turned_sparse
                     turned_sparse.add(row.index)
-            if steps.wants_draft:
-                for row, refreshed in zip(rows, steps.refresh(self._draft(rows, hidden)), strict=True):
-                    row.forwards["exact"] += refreshed
+            draft = self._draft(rows, hidden) if steps.wants_draft else None
             self._accept(rows, hidden, windows)
             is_done = [row.settle(self.settings) for row in rows]
             for row, sparse, done in zip(rows, is_sparse, is_done, strict=True):
@@ -213,6 +211,9 @@ class Writer:
             if going and len(going) < len(rows):
                 steps.take(going)
             rows = [rows[i] for i in going]
+            if draft is not None and rows:
+                for row, refreshed in zip(rows, steps.refresh(draft[going]), strict=True):
+                    row.forwards["exact"] += refreshed
 
     def _ids(self, rows: list[Row]) -> Tensor:
         return torch.tensor([row.block for row in rows], device=self.lm.device)

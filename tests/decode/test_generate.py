@@ -197,8 +197,30 @@ def test_a_kept_cache_reads_only_what_is_new(tiny_lm, prompts):
     assert second.tokens == lm.generate(longer, **options).tokens
     other = prompts((30,), seed=2)[0]
     assert lm.generate(other, cache=cache, **options).tokens == lm.generate(other, **options).tokens
-    with pytest.raises(ValueError, match="one prompt at a time"):
+    with pytest.raises(ValueError, match="1 rows for 2 prompts"):
         lm.generate([prompt, prompt], cache=cache)
+
+
+def test_a_batch_keeps_a_cache_too(tiny_lm, prompts):
+    lm, options = tiny_lm(block_size=8), {"max_new_tokens": 12, "stop_ids": (), "prefill_chunk": 8}
+    batch = list(prompts((40, 13)))
+    cache = PrefixCache.for_model(lm.model, 2, 8)
+    first = lm.generate(batch, cache=cache, **options)
+    longer = [[*prompt, *row.tokens, 7] for prompt, row in zip(batch, first.rows, strict=True)]
+    second = lm.generate(longer, cache=cache, **options)
+    assert [row.tokens for row in second.rows] == [row.tokens for row in lm.generate(longer, **options).rows]
+    assert [row.forwards["prefill"] for row in first.rows] == [5, 1]
+    assert all(row.forwards["prefill"] <= 2 for row in second.rows)
+
+
+def test_a_block_that_is_done_at_its_first_step_needs_no_refresh(tiny_lm, prompts):
+    lm = tiny_lm(block_size=8)
+    (prompt,) = prompts((40,))
+    options = {"attention": "mage", "budget": 4, "dense_layers": 1, "refresh": "draft", "stop_ids": ()}
+    at_once = lm.generate(prompt, max_new_tokens=16, threshold=0.0, **options)
+    assert at_once.forwards["exact"] == at_once.blocks, "one exact step each, and none for a draft nobody reads"
+    slowly = lm.generate(prompt, max_new_tokens=16, threshold=1.0, **options)
+    assert slowly.forwards["exact"] == 2 * slowly.blocks
 
 
 def test_progress_tells_every_step(tiny_lm, prompts):
