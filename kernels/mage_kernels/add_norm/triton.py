@@ -1,5 +1,7 @@
 """One program per row, the whole row in registers."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

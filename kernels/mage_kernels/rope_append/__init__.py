@@ -20,6 +20,7 @@ def rope_append(
     key_norm: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    rows: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Rotate queries and keys, write keys and values of B consecutive tokens per row, return packed query rows.
@@ -32,6 +33,7 @@ def rope_append(
         slots: (batch,) integer slot of each row's first token; B slots from there on are written.
         query_norm, key_norm: (D,), RMSNorm of every head before it is rotated; both or neither.
         eps: of these norms.
+        rows: where to put the query rows, contiguous; a new tensor by default.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -41,7 +43,7 @@ def rope_append(
         ValueError: shapes that do not fit.
         RuntimeError: "triton" was asked for and cannot run.
     """
-    batch, _, _, head_dim = keys.shape
+    batch, kv_heads, _, head_dim = keys.shape
     check_shape("rope_append", "values", values, tuple(keys.shape))
     check_shape("rope_append", "positions", positions, (batch,))
     check_shape("rope_append", "slots", slots, (batch,))
@@ -52,9 +54,14 @@ def rope_append(
         raise ValueError(f"rope_append: qkv of shape {tuple(qkv.shape)} does not fit {batch} rows of heads {head_dim}")
     if (query_norm is None) != (key_norm is None):
         raise ValueError("rope_append: give both head norms or neither")
-    limit = None if qkv.is_contiguous() else "qkv is not contiguous"
+    shape = (batch, kv_heads, (qkv.shape[1] // head_dim - 2 * kv_heads) // kv_heads * (qkv.shape[0] // batch), head_dim)
+    if rows is None:
+        rows = qkv.new_empty(shape)
+    check_shape("rope_append", "rows", rows, shape)
+    limit = None if qkv.is_contiguous() and rows.is_contiguous() else "qkv or rows is not contiguous"
     if choose("rope_append", impl, qkv, cosine, sine, positions, keys, values, slots, limit=limit):
         from mage_kernels.rope_append import triton as chosen
     else:
         from mage_kernels.rope_append import reference as chosen  # type: ignore[no-redef]
-    return chosen.rope_append(qkv, cosine, sine, positions, keys, values, slots, query_norm, key_norm, eps)
+    chosen.rope_append(qkv, cosine, sine, positions, keys, values, slots, query_norm, key_norm, eps, rows)
+    return rows

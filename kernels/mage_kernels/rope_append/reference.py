@@ -17,7 +17,8 @@ def rope_append(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
-) -> Tensor:
+    rows: Tensor,
+) -> None:
     """See `mage_kernels.rope_append.rope_append`."""
     batch, kv_heads, _, head_dim = keys.shape
     size = qkv.shape[0] // batch
@@ -30,7 +31,7 @@ def rope_append(
     row = torch.arange(batch, device=qkv.device)[:, None]
     keys[row, :, slots[:, None] + step] = key.transpose(1, 2)
     values[row, :, slots[:, None] + step] = value.transpose(1, 2)
-    return query.reshape(batch, kv_heads, -1, head_dim)
+    rows.copy_(query.reshape(rows.shape))
 
 
 def normalise(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -1,8 +1,9 @@
 """One program per token and head: normalise, rotate, and put it where it belongs."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,12 +86,12 @@ def rope_append(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
-) -> Tensor:
+    rows: Tensor,
+) -> None:
     """See `mage_kernels.rope_append.rope_append`."""
     batch, kv_heads, _, head_dim = keys.shape
     tokens, size = qkv.shape[0], qkv.shape[0] // batch
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    rows = torch.empty(batch, kv_heads, heads // kv_heads * size, head_dim, dtype=qkv.dtype, device=qkv.device)
     rope_append_kernel[(tokens, heads + 2 * kv_heads)](
         qkv,
         cosine,
@@ -113,4 +114,3 @@ def rope_append(
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
     )
-    return rows

@@ -1,0 +1,255 @@
+"""Attention of one forward pass of the engine: what each kind of step sees, layer by layer.
+
+    ExactAttention    the whole prefix, by any exact kernel; also a commit, whose keys stay in the cache
+    ScoringAttention  the whole prefix, and what a selection rule needs to know of it
+    KeptAttention     the keys chosen for this block
+    QuestAttention    the best pages, chosen in every layer of every step
+    TidalAttention    the best keys, chosen in two layers of every step
+
+Every one of them writes the block's keys and values where its kernel wants them, in the same launch that rotates them.
+The first `dense_layers` of the sparse ones are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mage_kernels.exact_attention import Attended, exact_attention
+from mage_kernels.gather_attention import gather_attention
+from mage_kernels.key_scores import mean_logit
+from mage_kernels.page_scores import page_scores, update_pages
+from mage_kernels.rope_append import rope_append
+from mage_kernels.small_attention import small_attention
+from mage_kernels.top_k import top_k
+from mage_tune.decode.engine.cache import Cache, KeptKeys
+from mage_tune.decode.engine.kernels import ExactKernel, by_head
+from mage_tune.decode.engine.weights import Weights
+from mage_tune.decode.rules import Quest, Tidal
+
+
+class Frame:
+    """What all forward passes of blocks share: weights, cache, rotary tables, room for the block's own keys."""
+
+    def __init__(self, weights: Weights, cache: Cache, block_size: int, impl: str) -> None:
+        shape = weights.shape
+        self.weights, self.cache, self.block_size, self.impl = weights, cache, block_size, impl
+        self.scale = shape.head_dim**-0.5
+        self.cosine, self.sine = weights.rope_table(cache.capacity)
+        own = (2, cache.batch, shape.num_kv_heads, block_size, shape.head_dim)
+        self.own_key, self.own_value = torch.zeros(own, dtype=weights.dtype, device=weights.device)
+        """(batch, KV heads, B, D) of the layer in work."""
+        self.no_slots = torch.zeros_like(cache.lengths)
+
+    def append(
+        self, layer: int, qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Write a block's keys and values from `slots` on; returns its packed query rows (batch, KV heads, R, D)."""
+        weights = self.weights.layers[layer]
+        return rope_append(
+            qkv,
+            self.cosine,
+            self.sine,
+            self.cache.lengths,
+            keys,
+            values,
+            slots,
+            weights.query_norm,
+            weights.key_norm,
+            self.weights.shape.norm_eps,
+            rows=rows,
+            impl=self.impl,
+        )
+
+    def append_own(self, layer: int, qkv: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`append` to the buffer beside the cache."""
+        return self.append(layer, qkv, self.own_key, self.own_value, self.no_slots, rows)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """(batch, KV heads, R, D) -> (batch * B, query heads * D)."""
+        return tokens_of(by_head(rows, self.block_size))
+
+
+def tokens_of(heads: Tensor) -> Tensor:
+    """(batch, query heads, B, D) -> (batch * B, query heads * D)."""
+    return heads.transpose(1, 2).reshape(heads.shape[0] * heads.shape[2], -1)
+
+
+@dataclass
+class ExactAttention:
+    """The whole prefix and the block, whose keys and values go where the prefix ends."""
+
+    frame: Frame
+    kernel: ExactKernel
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`."""
+        frame, cache = self.frame, self.frame.cache
+        rows = frame.append(layer, qkv, cache.keys[layer], cache.values[layer], cache.lengths)
+        return tokens_of(self.kernel.attend(layer, rows, cache.lengths + frame.block_size))
+
+
+class Observer(Protocol):
+    """A selection rule during the exact step that it chooses from."""
+
+    first_layer: int
+    tile: int | None
+    """Keys per tile whose log-masses it wants; None for none."""
+
+    def rows(self, layer: int) -> Tensor | None:
+        """Where to put a layer's query rows, if the rule keeps them."""
+
+    def observe(self, layer: int, rows: Tensor, attended: Attended) -> None:
+        """Take note of a layer."""
+
+
+@dataclass
+class ScoringAttention:
+    """An exact step, by our kernel, that a rule observes from its first sparse layer on."""
+
+    frame: Frame
+    observer: Observer
+    exact: ExactAttention
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`."""
+        frame, observer = self.frame, self.observer
+        if layer < observer.first_layer:
+            return self.exact(layer, qkv)
+        rows = frame.append_own(layer, qkv, observer.rows(layer))
+        attended = exact_attention(
+            rows,
+            frame.cache.keys[layer],
+            frame.cache.values[layer],
+            frame.cache.lengths,
+            frame.scale,
+            own_key=frame.own_key,
+            own_value=frame.own_value,
+            tile=observer.tile,
+            impl=frame.impl,
+        )
+        observer.observe(layer, rows, attended)
+        return frame.tokens(attended.out)
+
+
+MOST_SMALL_SLOTS = 4096
+"""Keys beyond which the kept ones are attended like a prefix, split over the GPU, and not in a single launch."""
+
+
+class KeptAttention:
+    """The keys chosen for this block, and the block in the slots behind them."""
+
+    def __init__(self, frame: Frame, kept: KeptKeys, exact: ExactAttention) -> None:
+        self.frame, self.kept, self.exact = frame, kept, exact
+        self.slots = torch.full_like(frame.cache.lengths, kept.slots)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`."""
+        frame, kept = self.frame, self.kept
+        if layer < kept.first_layer:
+            return self.exact(layer, qkv)
+        keys, values = kept.at(layer)
+        rows = frame.append(layer, qkv, keys, values, self.slots)
+        if kept.slots <= MOST_SMALL_SLOTS:
+            count = kept.counts[layer - kept.first_layer]
+            size = frame.block_size
+            out, _ = small_attention(rows, keys, values, count, frame.scale, own=size, impl=frame.impl)
+        else:
+            out = self._long(layer, rows, keys, values)
+        return frame.tokens(out)
+
+    def _long(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The rules that keep so many keep equally many in every head of a row."""
+        slots = self.kept.slots
+        return exact_attention(
+            rows,
+            keys[:, :, :slots],
+            values[:, :, :slots],
+            self.kept.counts[layer - self.kept.first_layer, :, 0].contiguous(),
+            self.frame.scale,
+            own_key=keys[:, :, slots:],
+            own_value=values[:, :, slots:],
+            impl=self.frame.impl,
+        ).out
+
+
+class QuestAttention:
+    """Quest: in every layer of every step the pages whose key bounds allow the largest logits."""
+
+    def __init__(self, frame: Frame, rule: Quest, form: str, exact: ExactAttention) -> None:
+        self.frame, self.rule, self.form, self.exact = frame, rule, form, exact
+        self.page, cache = rule.page, frame.cache
+        if frame.block_size % self.page or rule.budget % self.page:
+            raise ValueError(
+                f"quest in the decode engine needs a block size and a budget of whole pages: block {frame.block_size}, "
+                f"budget {rule.budget}, page {self.page}"
+            )
+        size = list(cache.keys.shape)
+        size[3] = -(-cache.capacity // self.page)
+        self.low, self.high = cache.keys.new_zeros(2, *size)
+        """(layers, batch, KV heads, pages, D) channel-wise bounds of each page's keys."""
+        self.within = torch.arange(self.page, dtype=torch.int32, device=cache.keys.device)
+
+    def update(self, added: int) -> None:
+        """Bounds of the pages that the last `added` cached keys fall into."""
+        cache = self.frame.cache
+        update_pages(self.low, self.high, cache.keys, cache.lengths, page=self.page, added=added, impl=self.frame.impl)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`."""
+        if layer < self.rule.dense_layers:
+            return self.exact(layer, qkv)
+        frame, rule, page = self.frame, self.rule, self.page
+        rows, lengths = frame.append_own(layer, qkv), frame.cache.lengths
+        score = page_scores(
+            rows, self.low[layer], self.high[layer], lengths, page=page, form=self.form, impl=frame.impl
+        )
+        chosen = top_k(
+            score, rule.budget // page, lengths, page=page, sinks=rule.sinks, recent=rule.recent, impl=frame.impl
+        )
+        index = torch.add(self.within, chosen.index[..., None], alpha=page).flatten(2)
+        return frame.tokens(_gathered(frame, layer, rows, index, chosen.count * page))
+
+
+@dataclass
+class TidalAttention:
+    """TidalDecode: two layers attend to everything and choose keys; the layers after each reuse its choice."""
+
+    frame: Frame
+    rule: Tidal
+    exact: ExactAttention
+    _chosen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`."""
+        frame, rule, cache = self.frame, self.rule, self.frame.cache
+        if layer < rule.dense_layers:
+            return self.exact(layer, qkv)
+        if rule.source_layer(layer) != layer:
+            assert self._chosen is not None
+            rows = frame.append_own(layer, qkv)
+            return frame.tokens(_gathered(frame, layer, rows, *self._chosen))
+        rows = frame.append(layer, qkv, cache.keys[layer], cache.values[layer], cache.lengths)
+        score = mean_logit(rows, cache.keys[layer], cache.lengths, frame.scale, impl=frame.impl)
+        chosen = top_k(score, rule.budget, cache.lengths, sinks=rule.sinks, recent=rule.recent, impl=frame.impl)
+        self._chosen = chosen.index, chosen.count
+        return tokens_of(self.exact.kernel.attend(layer, rows, cache.lengths + frame.block_size))
+
+
+def _gathered(frame: Frame, layer: int, rows: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """Attention over keys `index` of the cache and the block's own, beside it."""
+    out, _ = gather_attention(
+        rows,
+        frame.cache.keys[layer],
+        frame.cache.values[layer],
+        index,
+        count,
+        frame.scale,
+        own_key=frame.own_key,
+        own_value=frame.own_value,
+        impl=frame.impl,
+    )
+    return out

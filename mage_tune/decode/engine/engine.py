@@ -1,0 +1,264 @@
+"""The device side of decoding: prefill, the steps of a block, and its commit, with nothing read back inside a block.
+
+Every step is a function of static buffers (tokens, lengths, cache, kept keys), so each kind is one CUDA graph:
+
+    exact    every key of the prefix
+    score    the same, and the rule takes notes
+    select   keys of all layers chosen and copied together
+    sparse   the chosen keys alone; its shapes do not depend on the context
+    commit   the finished block, clean: keys and values into the cache, the next block's seed
+
+With static acceptance the number of steps is known beforehand and nothing is read back. With a threshold the host
+waits for each step's "done" flag: an empty slot of tens of microseconds, where running ahead of the flag would cost one
+whole step per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mage_kernels.confidence import confidence
+from mage_kernels.rope_append import rope_append
+from mage_tune.decode.engine.attention import (
+    ExactAttention,
+    Frame,
+    KeptAttention,
+    QuestAttention,
+    ScoringAttention,
+    TidalAttention,
+)
+from mage_tune.decode.engine.blocks import Blocks, check_settings, most_steps
+from mage_tune.decode.engine.cache import Cache
+from mage_tune.decode.engine.choice import Chooser, make_chooser
+from mage_tune.decode.engine.forward import Attend, Body
+from mage_tune.decode.engine.graphs import Graphs
+from mage_tune.decode.engine.kernels import by_head, make_kernel
+from mage_tune.decode.engine.weights import Weights
+from mage_tune.decode.rules import Quest, Tidal
+from mage_tune.decode.settings import Settings
+
+Step = Literal["exact", "score", "select", "sparse", "commit"]
+
+
+class Engine:
+    """A model, its memory and the rule of its sparse steps, for a batch of a fixed size.
+
+    Args:
+        weights: see `weights.weights_of` and `weights.random_weights`.
+        settings: how blocks are filled, and the selection rule.
+        batch: rows that walk together.
+        capacity: tokens per row, the block in work included; at most the model's context.
+        exact_kernel: who does exact attention: "ours", "sdpa", "flashinfer-fa2" or "flashinfer-auto".
+        quest_form: how Quest's page scores are computed: "rows" (as published), "matrix" or "mean".
+        use_graphs: CUDA graphs; by default wherever there is a GPU.
+        impl: of the kernels: "triton" or "reference"; by default Triton on a GPU. It is never changed silently.
+        cache: memory to use instead of new one, for engines that are timed one after the other.
+
+    Raises:
+        ValueError: a setting, rule or kernel that the engine has no form of, or that cannot run on this device.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        settings: Settings,
+        batch: int,
+        capacity: int,
+        *,
+        exact_kernel: str = "ours",
+        quest_form: str = "mean",
+        use_graphs: bool | None = None,
+        impl: str | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        check_settings(settings)
+        is_cuda = weights.device.type == "cuda"
+        if use_graphs and not is_cuda:
+            raise ValueError(f"CUDA graphs need a GPU, the weights are on {weights.device.type}")
+        self.weights, self.settings = weights, settings
+        self.impl = impl or ("triton" if is_cuda else "reference")
+        self.block_size, self.rule = settings.family.block_size, settings.rule
+        self.cache = Cache(weights, batch, capacity) if cache is None else cache
+        self.body = Body(weights, self.impl)
+        self.blocks = Blocks(settings, batch, weights.device)
+        self.seed = torch.zeros(batch, dtype=torch.int64, device=weights.device)
+        """Greedy next token after the block committed last."""
+        self.advance = torch.full_like(self.cache.lengths, self.block_size)
+        """What a commit adds to each row's length; 0 for rows that are finished."""
+        self.is_active = [True] * batch
+        frame = Frame(weights, self.cache, self.block_size, self.impl)
+        self.frame = frame
+        self.kernel = make_kernel(exact_kernel, self.cache, weights.shape, self.block_size, self.impl)
+        self.exact = ExactAttention(frame, self.kernel)
+        self.chooser: Chooser | None = None
+        self.quest: QuestAttention | None = None
+        self._attend: dict[Step, Attend] = {"exact": self.exact}
+        self._add_rule(quest_form)
+        state = [*self.blocks.state, self.seed, self.cache.lengths]
+        self.graphs = Graphs(is_cuda if use_graphs is None else use_graphs, state)
+        self._planned: dict[Step, Hashable] = {}
+
+    def _add_rule(self, quest_form: str) -> None:
+        rule, frame = self.rule, self.frame
+        if rule.chooses == "never":
+            return
+        if isinstance(rule, Quest):
+            self.quest = QuestAttention(frame, rule, quest_form, self.exact)
+            self._attend["sparse"] = self.quest
+        elif isinstance(rule, Tidal):
+            self._attend["sparse"] = TidalAttention(frame, rule, self.exact)
+        else:
+            self.chooser = make_chooser(rule, frame)
+            self._attend["score"] = ScoringAttention(frame, self.chooser, self.exact)
+            self._attend["sparse"] = KeptAttention(frame, self.chooser.kept, self.exact)
+
+    # --- one block ---
+
+    def denoise(self, steps: int) -> dict[str, int]:
+        """The steps of the blocks laid out: exactly `steps` of them, or fewer where a threshold finishes them.
+
+        Returns:
+            How many were exact and sparse.
+        """
+        self.plan()
+        counts = {"exact": 0, "sparse": 0}
+        is_selected = False
+        for step in range(steps):
+            kind = self.kind(step)
+            if kind == "sparse" and self.chooser is not None and not is_selected:
+                self.run("select")
+                is_selected = True
+            self.run(kind)
+            counts["sparse" if kind == "sparse" else "exact"] += 1
+            if self.settings.acceptance.name == "threshold" and self.blocks.read_done():
+                break
+        return counts
+
+    def kind(self, step: int) -> Step:
+        """What the step (from 0) of a block is."""
+        if not any(map(self.rule.is_sparse, self.cache.held)):
+            return "exact"
+        if self.chooser is None:
+            return "sparse"
+        chosen_at = self.rule.select_at(self.settings.steps or self.block_size)
+        return "exact" if step < chosen_at else "score" if step == chosen_at else "sparse"
+
+    def commit(self) -> None:
+        """Write the finished blocks of the active rows into the cache; `seed` then holds their next tokens."""
+        self.plan()
+        self.run("commit")
+        size = self.block_size
+        self.cache.held = [n + size * active for n, active in zip(self.cache.held, self.is_active, strict=True)]
+
+    def set_active(self, is_active: Sequence[bool]) -> None:
+        """Which rows a commit moves on; all by default."""
+        self.is_active = list(is_active)
+        self.advance.copy_(torch.tensor(self.is_active, dtype=torch.int32) * self.block_size)
+
+    def plan(self) -> None:
+        """Tell the exact kernel and the rule how long the prefixes are, as far as they must know on the host."""
+        exact = self.kernel.plan([n + self.block_size for n in self.cache.held])
+        kept = self.chooser.plan(self.cache.held) if self.chooser is not None else None
+        has_dense = self.rule.dense_layers > 0 or isinstance(self.rule, Tidal)
+        self._planned = {
+            "exact": exact,
+            "score": exact if has_dense else None,
+            "select": kept,
+            "sparse": exact if has_dense else None,
+            "commit": exact,
+        }
+
+    def run(self, kind: Step) -> None:
+        """One step, as a graph where graphs are used."""
+        self.graphs.run((kind, self._planned[kind]), lambda: self._step(kind))
+
+    @torch.no_grad()
+    def _step(self, kind: Step) -> None:
+        if kind == "select":
+            assert self.chooser is not None
+            self.chooser.select()
+        elif kind == "commit":
+            self._commit()
+        else:
+            hidden = self.body.forward(self.blocks.ids, self._attend[kind])
+            self.blocks.accept(*self._draw(hidden))
+
+    def _commit(self) -> None:
+        hidden = self.body.forward(self.blocks.ids, self.exact)
+        self.cache.lengths.add_(self.advance)
+        if self.quest is not None:
+            self.quest.update(self.block_size)
+        if self.settings.family.seed_token:
+            last = hidden.unflatten(0, (-1, self.block_size))[:, -1]
+            self.seed.copy_(self._greedy(last)[0])
+
+    def _draw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch * B, hidden) -> tokens and confidences (batch, B) for the places they predict."""
+        shape = self.blocks.ids.shape
+        token, probability = (x.view(shape) for x in self._greedy(hidden))
+        if self.settings.family.token_shift:  # the first place of a block is never masked
+            return token.roll(1, dims=1), probability.roll(1, dims=1)
+        return token, probability
+
+    def _greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, hidden) -> most probable token (n,) int64 and its probability (n,) float32."""
+        logits, mask_id = self.body.logits(hidden), self.blocks.mask_id
+        if self.settings.family.name == "converted":
+            # Never a target in training, so its mass means nothing; published families count it in the normalisation.
+            logits[:, mask_id] = float("-inf")
+        return confidence(logits, exclude=mask_id, impl=self.impl)
+
+    def most_steps(self, masked: Sequence[int]) -> int:
+        """Steps after which no mask token is left at the given places of a block."""
+        return most_steps(self.settings, masked)
+
+    # --- prompts ---
+
+    @torch.no_grad()
+    def prefill(self, row: int, ids: Sequence[int]) -> tuple[int, int]:
+        """Read whole blocks of clean tokens into a row, block-causally, in chunks.
+
+        Returns:
+            The greedy next token, and how many forward passes it took.
+
+        Raises:
+            ValueError: not whole blocks, or they do not fit.
+        """
+        size, held = self.block_size, list(self.cache.held)
+        if not ids or len(ids) % size:
+            raise ValueError(f"only whole blocks of {size} tokens can be read in, got {len(ids)} tokens")
+        chunk = max(size, self.settings.prefill_chunk // size * size)
+        hidden = torch.empty(0)
+        for start in range(0, len(ids), chunk):
+            part = torch.tensor([ids[start : start + chunk]], device=self.weights.device)
+            hidden = self.body.forward(part, self._prefill_attention(row, held[row], part.shape[1]))
+            held[row] += part.shape[1]
+            self.cache.set_lengths(held)
+        if self.quest is not None:
+            self.quest.update(len(ids))
+        return int(self._greedy(hidden[-1:])[0]), -(-len(ids) // chunk)
+
+    def _prefill_attention(self, row: int, before: int, width: int) -> Attend:
+        """Block-causal attention of `width` new tokens of one row, by PyTorch."""
+        cache, frame, shape = self.cache, self.frame, self.weights.shape
+        position = torch.arange(before, before + width, device=self.weights.device)
+        key_block = torch.arange(before + width, device=self.weights.device) // self.block_size
+        mask = (key_block <= (position // self.block_size)[:, None]).repeat(shape.group, 1)  # (R, before + width)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            weights, one = self.weights.layers[layer], slice(row, row + 1)
+            keys, values, start = cache.keys[layer, one], cache.values[layer, one], cache.lengths[one]
+            norms = weights.query_norm, weights.key_norm, shape.norm_eps
+            rows = rope_append(qkv, frame.cosine, frame.sine, start, keys, values, start, *norms, impl=self.impl)
+            seen = slice(0, before + width)
+            out = F.scaled_dot_product_attention(
+                rows, keys[:, :, seen], values[:, :, seen], attn_mask=mask, scale=frame.scale
+            )
+            return by_head(out, width).transpose(1, 2).reshape(width, -1)
+
+        return attend

@@ -1,0 +1,48 @@
+"""The forward pass of a Llama, Qwen2 or Qwen3 model, all but its attention, over merged weights.
+
+A layer is: norm, one projection to q, k and v, attention, output projection, norm, one projection to gate and up, SiLU,
+down projection. What attention means is the caller's business: it gets the projection's output and returns the heads'.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mage_kernels.add_norm import add_norm
+from mage_kernels.silu_mul import silu_mul
+from mage_tune.decode.engine.weights import Weights
+
+
+class Attend(Protocol):
+    """Attention of one forward pass."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """(batch * n, (query heads + 2 * KV heads) * D) -> (batch * n, query heads * D)."""
+
+
+class Body:
+    """A model without attention."""
+
+    def __init__(self, weights: Weights, impl: str) -> None:
+        self.weights = weights
+        self.impl = impl
+        """Of the fused operations: "triton" or "reference"."""
+
+    def forward(self, ids: Tensor, attend: Attend) -> Tensor:
+        """(batch, n) int64 -> (batch * n, hidden) after the final norm."""
+        weights, eps, impl = self.weights, self.weights.shape.norm_eps, self.impl
+        stream = F.embedding(ids.flatten(), weights.embedding)
+        delta = None
+        for number, layer in enumerate(weights.layers):
+            normed = add_norm(stream, delta, layer.attention_norm, eps, impl=impl)
+            heads = attend(number, F.linear(normed, layer.qkv, layer.qkv_bias))
+            normed = add_norm(stream, F.linear(heads, layer.out), layer.mlp_norm, eps, impl=impl)
+            delta = F.linear(silu_mul(F.linear(normed, layer.gate_up), impl=impl), layer.down)
+        return add_norm(stream, delta, weights.final_norm, eps, impl=impl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab), of the weights' dtype."""
+        return F.linear(hidden, self.weights.head)
