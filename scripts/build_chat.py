@@ -1,6 +1,6 @@
 """Let an instruction-tuned model write conversations with itself, as training data that keeps its own chat abilities.
 
-    python scripts/build_chat.py models/smollm2-135m data/smollm2-chat/train.jsonl
+    python scripts/build_chat.py models/smollm2-135m data/smollm2-chat
 
 Turning an autoregressive model into a block-diffusion one teaches it to fill masks; without conversations among what it
 reads it forgets how to answer. No public chat data set is needed for that: its own answers are what it should keep.
@@ -11,7 +11,8 @@ reads it forgets how to answer. No public chat data set is needed for that: its 
 3. *Conversations.* Question and answer pairs are strung together up to `--tokens` tokens, so that training rows are
    full; a fifth stays single, as most chats begin.
 
-Every record is {"messages": [{"role", "content"}, ...]}. On one H100: 12,000 pairs in about two minutes.
+train.jsonl is written, and heldout.jsonl, single pairs of other questions to measure with. Every record is
+{"messages": [{"role", "content"}, ...]}. On one H100: 12,000 pairs in about two minutes.
 """
 
 from __future__ import annotations
@@ -150,11 +151,12 @@ def main() -> int:
     """Write the file; refuses to overwrite one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of an instruction-tuned autoregressive model")
-    parser.add_argument("out", type=Path, help="JSON lines to write")
+    parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--pairs", type=int, default=12_000, help="questions to ask (some answers are dropped)")
     parser.add_argument("--batch", type=int, default=1024, help="texts written at a time")
     parser.add_argument("--answer-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--tokens", type=int, default=1900, help="longest conversation")
+    parser.add_argument("--heldout", type=int, default=256, help="pairs kept apart")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():
@@ -180,11 +182,14 @@ def main() -> int:
         for question, answer in zip(part, writer.answers(part, arguments.answer_tokens), strict=True):
             if answer and not is_circular(answer):
                 pairs.append(((question, answer), len(writer.tokenizer(question + answer).input_ids) + 12))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    heldout, pairs = pairs[: arguments.heldout], pairs[arguments.heldout :]
     conversations = list(string_together(pairs, arguments.tokens, rng))
-    arguments.out.write_text("".join(json.dumps(as_record(c), ensure_ascii=False) + "\n" for c in conversations))
+    arguments.out.mkdir(parents=True)
+    for name, part in (("train", conversations), ("heldout", [[pair] for pair, _ in heldout])):
+        lines = [json.dumps(as_record(conversation), ensure_ascii=False) + "\n" for conversation in part]
+        (arguments.out / f"{name}.jsonl").write_text("".join(lines))
     tokens = sum(count for _, count in pairs)
-    print(f"{len(asked)} questions, {len(pairs)} answers kept, {len(conversations)} conversations, {tokens} tokens")
+    print(f"{len(asked)} questions, {len(pairs)} answers in {len(conversations)} conversations, {tokens} tokens")
     return 0
 
 

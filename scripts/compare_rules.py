@@ -10,9 +10,10 @@ very step would choose by mean probability that the rule lets it see. A rule tha
 sparse-dllm, a re-selection) does so on the block with its first s tokens revealed, one a step, as with a block's worth
 of steps; a refresh chooses on the argmax draft of the all-[MASK] step; quest, tidal and oracle choose at the very step.
 
-Three tasks are decoded: multi-needle questions until every token is sure (threshold 0.9), the same questions in a fixed
+Four tasks are decoded: multi-needle questions until every token is sure (threshold 0.9), the same questions in a fixed
 number of steps (a model that is sure at once never reaches a sparse step: the first task alone would compare nothing),
-and the next block of held-out windows, for its forwards per block.
+a passage of the window that begins again and is to be copied on, in as many steps, and the next block of held-out
+windows, for its forwards per block.
 
 A window or a question is a unit, and every rule gets every unit before the next one is begun, so that stopping when the
 time is up favours none.
@@ -46,10 +47,8 @@ from mage_tune.decode.attention import LayerView, Residual, Selection, block_for
 from mage_tune.decode.cache import Prefix, PrefixCache
 from mage_tune.decode.result import RowResult
 from mage_tune.decode.rules import Observed, Rule, make_rule, merge_observed
-from mage_tune.decode.sampler import Acceptance, Sampling
-from mage_tune.decode.settings import Settings, window_size
+from mage_tune.decode.sampler import AcceptanceName
 from mage_tune.decode.steps import Choice, Levers, choose_forward
-from mage_tune.decode.writer import Row, Writer
 from mage_tune.environment import environment
 from mage_tune.evals.needles import TASKS, NeedlePrompt, needle_prompts
 from mage_tune.evals.probes import REVEALS, block_variants, masked_cross_entropy
@@ -75,10 +74,12 @@ class Arm:
     label: str
     rule: str
     levers: Levers = field(default_factory=Levers)
+    options: tuple[tuple[str, int], ...] = ()
+    """Of the rule, beside its budget and dense layers."""
 
     def at(self, budget: int, dense_layers: int) -> Rule:
         """The rule with a budget of keys per KV head; equal for all rules, those with a ratio of their own too."""
-        return make_rule(self.rule, budget=budget, dense_layers=dense_layers)
+        return make_rule(self.rule, **{"budget": budget, "dense_layers": dense_layers} | dict(self.options))
 
     def state(self, rule: Rule, block_size: int) -> State:
         """What the block looks like when its final choice is made; not for rules that choose within a step."""
@@ -116,6 +117,7 @@ DEFINITIONS = {
     "forwards_per_block": "exact and sparse denoising forwards per block; a refresh counts as one",
     "sparse_steps": "share of those forwards that were sparse; sparsed is dense for the first 20 % of a block's steps "
     "(of 32 at a threshold), so where blocks finish sooner it answers exactly",
+    "copy_found": f"share of the tokens of a passage seen before that are copied on in their places, in {STEPS} steps",
     "stepped_*": f"the same questions in {STEPS} steps per block, the surest tokens first, whatever their confidence",
     "text_*": "the next block of held-out text, decoded at the threshold",
     "choosing step": "in the probes a rule that chooses at step s does so with s tokens of the block revealed",
@@ -392,14 +394,29 @@ def probe_arm(
 
 
 @dataclass(frozen=True)
+class CopyPrompt:
+    """A text whose last block repeats an earlier one, and how it went on there."""
+
+    input_ids: np.ndarray
+    continuation: np.ndarray
+
+
+Prompt = NeedlePrompt | CopyPrompt
+
+
+@dataclass(frozen=True)
 class Task:
     """Prompts and how they are continued. What its `name` begins with, its metrics do too."""
 
     name: str
-    prompts: Sequence[NeedlePrompt]
-    """Nothing expected: only the forwards count."""
-    acceptance: Acceptance
+    prompts: Sequence[Prompt]
+    """Needle prompts that expect nothing: only the forwards count."""
+    acceptance: AcceptanceName
+    max_new_tokens: int
+    threshold: float
     steps: int | None = None
+    stops: bool = False
+    """Whether a stop token ends the text."""
 
 
 @dataclass(frozen=True)
@@ -413,27 +430,40 @@ class Answered:
 
 
 def tasks_of(lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, continuations: int) -> list[Task]:
-    """The multi-needle questions of `mage-tune eval`, twice, and held-out windows less their last block."""
-    size = lm.family.block_size
-    until_sure, static = Acceptance(threshold=settings.threshold), Acceptance(name="static")
-    tasks = []
+    """The multi-needle questions of `mage-tune eval`, twice; passages to copy; windows less their last block."""
+    size, tasks = lm.family.block_size, []
+    steps = min(STEPS, size)
     if settings.needles:
-        prompts = needle_prompts(
+        asked = TASKS["multi"]
+        needles = needle_prompts(
             lm,
             tokens,
             context=settings.context,
             needles=settings.needles,
-            asked=TASKS["multi"],
+            asked=asked,
             questions=settings.questions,
             seed=SEED,
         )
-        tasks = [Task("", prompts, until_sure), Task("stepped_", prompts, static, min(STEPS, size))]
+        longest = size * (1 + asked)
+        tasks = [
+            Task("", needles, "threshold", longest, settings.threshold, stops=True),
+            Task("stepped_", needles, "static", longest, settings.threshold, steps, stops=True),
+        ]
     if continuations:
         windows = cut_windows(tokens, settings.context, settings.documents)
         chosen = window_order(len(windows))[:continuations]
-        prompts = [NeedlePrompt(windows[number][:-size].astype(np.int64), ()) for number in chosen]
-        tasks.append(Task("text_", prompts, until_sure))
+        copies = [copy_prompt(windows[number], size, np.random.default_rng([SEED, number])) for number in chosen]
+        tasks.append(Task("copy_", copies, "static", size, settings.threshold, steps))
+        plain = [NeedlePrompt(windows[number][:-size].astype(np.int64), ()) for number in chosen]
+        tasks.append(Task("text_", plain, "threshold", size, settings.threshold))
     return tasks
+
+
+def copy_prompt(window: np.ndarray, size: int, rng: np.random.Generator) -> CopyPrompt:
+    """A window that ends in a block from its middle, for what came after that to be written again."""
+    start = int(rng.integers(len(window) // 8, len(window) * 5 // 8))
+    passage = window[start : start + 2 * size].astype(np.int64)
+    return CopyPrompt(np.concatenate([window[: -2 * size].astype(np.int64), passage[:size]]), passage[size:])
 
 
 def window_order(count: int) -> list[int]:
@@ -441,43 +471,29 @@ def window_order(count: int) -> list[int]:
     return np.random.default_rng(SEED).permutation(count).tolist()
 
 
-@torch.no_grad()
 def decode(
-    lm: BlockDiffusionLM,
-    task: Task,
-    prompts: Sequence[NeedlePrompt],
-    rule: Rule,
-    levers: Levers,
-    cache: PrefixCache,
+    lm: BlockDiffusionLM, task: Task, prompts: Sequence[Prompt], rule: Rule, levers: Levers, cache: PrefixCache
 ) -> list[RowResult]:
-    """Continue a batch of prompts greedily: `lm.generate` with a kept cache, which that takes for one prompt only."""
-    expected = len(prompts[0].expected)
-    settings = Settings(
-        family=lm.family,
-        rule=rule,
-        levers=levers,
-        sampling=Sampling(),
+    """Continue a batch of prompts greedily, from what `cache` holds of them."""
+    return lm.generate(
+        [prompt.input_ids.tolist() for prompt in prompts],
+        max_new_tokens=task.max_new_tokens,
+        attention=rule,
         acceptance=task.acceptance,
-        window=window_size(lm.family, None),
-        block_cache=False,
+        threshold=task.threshold,
         steps=task.steps,
-        max_new_tokens=lm.family.block_size * (1 + expected),
-        stop_ids=frozenset(lm.family.stop_ids if expected else ()),
-        stop_strings=(),
-        prefill_chunk=512,
-        seed=0,
-    )
-    rows = [
-        Row(i, ids, len(ids) + settings.max_new_tokens, settings.row_seed(i))
-        for i, ids in enumerate(prompt.input_ids.tolist() for prompt in prompts)
-    ]
-    Writer(lm, settings, rows, cache, None).run()
-    return [row.result(lm, settings) for row in rows]
+        stop_ids=None if task.stops else (),
+        cache=cache,
+        **levers.settings(),
+    ).rows
 
 
-def score(prompt: NeedlePrompt, row: RowResult) -> Answered:
-    """What counts of a continuation."""
-    found = [value in (row.text or "") for value in prompt.expected]
+def score(prompt: Prompt, row: RowResult) -> Answered:
+    """What counts of a continuation: the values asked for that are in it, or the tokens copied in their places."""
+    if isinstance(prompt, CopyPrompt):
+        found = [written == token for written, token in zip(row.tokens, prompt.continuation.tolist(), strict=False)]
+    else:
+        found = [value in (row.text or "") for value in prompt.expected]
     steps = row.forwards["exact"] + row.forwards["sparse"]
     return Answered(
         is_right=all(found),
@@ -554,13 +570,21 @@ class Measured:
 
 
 def measure(
-    lm: BlockDiffusionLM, tokens: np.ndarray, settings: Eval, *, seconds: float, batch: int, continuations: int
+    lm: BlockDiffusionLM,
+    tokens: np.ndarray,
+    settings: Eval,
+    *,
+    seconds: float,
+    batch: int,
+    continuations: int,
+    arms: Sequence[Arm] = SPARSE,
 ) -> Measured:
     """Probe windows, ask questions and continue text until all is done or the time is up; parts leave time to later."""
     windows = cut_windows(tokens, settings.context, settings.documents)
     tasks = tasks_of(lm, tokens, settings, continuations)
-    parts = {"questions": [t for t in tasks if t.name != "text_"], "text": [t for t in tasks if t.name == "text_"]}
-    parts = {name: part for name, part in parts.items() if part}
+    parts = {task.name: [task] for task in tasks if task.name not in ("", "stepped_")}
+    if settings.needles:
+        parts = {"questions": tasks[:2]} | parts  # the same prompts, read once
     batches = {
         name: [range(i, min(i + batch, len(part[0].prompts))) for i in range(0, len(part[0].prompts), batch)]
         for name, part in parts.items()
@@ -571,14 +595,14 @@ def measure(
     clock = Clock(seconds, [1.0] * (1 + len(parts)))
     with progress(len(windows) + sum(map(len, batches.values()))) as advance:
         for number in clock.within("probes", window_order(len(windows))):
-            for key, probed in probe_window(lm, windows[number], number, settings).items():
+            for key, probed in probe_window(lm, windows[number], number, settings, arms).items():
                 probes[key].append(probed)
             done.append(number)
             advance()
         for name, part in parts.items():
             for units in clock.within(name, batches[name]):
                 cache = PrefixCache.for_model(lm.model, len(units), 0)  # grows as needed
-                for task, found in answer_all(lm, part, units, settings, cache).items():
+                for task, found in answer_all(lm, part, units, settings, cache, arms).items():
                     for key, answered in found.items():
                         answers[task][key] += answered
                 advance()
@@ -600,13 +624,13 @@ def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
     return values
 
 
-def summarise(measured: Measured, settings: Eval) -> list[dict[str, Any]]:
+def summarise(measured: Measured, settings: Eval, arms: Sequence[Arm] = SPARSE) -> list[dict[str, Any]]:
     """The rows of the result: estimates, and paired differences from exact attention and from mage at the budget."""
     exact = unit_values(measured, (EXACT.label, None))
     rows = [_row(EXACT, None, {"rule": "exact"}, exact) | {"recall": None, "recall_note": "sees every key"}]
     for budget in settings.budgets:
         mage = unit_values(measured, (MAGE.label, budget))
-        for arm in SPARSE:
+        for arm in arms:
             values = unit_values(measured, (arm.label, budget))
             options = arm.at(budget, settings.dense_layers).settings() | arm.levers.settings()
             row = _row(arm, budget, options, values)
@@ -647,6 +671,7 @@ COLUMNS = (
     "needles",
     f"needles, {STEPS} steps",
     "found",
+    "copied",
     "forwards / block: needles",
     "text",
 )
@@ -662,6 +687,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _shown(row.get("needles"), 2),
         _shown(row.get("stepped_needles"), 2),
         _shown(row.get("stepped_found"), 2),
+        _shown(row.get("copy_found"), 2),
         _shown(row.get("forwards_per_block"), 2),
         _shown(row.get("text_forwards_per_block"), 1),
     ]

@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import build_chat as script
 
+from mage_tune.backbone import causal_lm
+
 
 @pytest.mark.parametrize(
     ("text", "kept"),
@@ -52,10 +54,33 @@ def test_records_are_what_chat_sources_read() -> None:
     assert [m["content"] for m in record["messages"]] == ["q", "a", "r", "b"]
 
 
-def test_an_existing_file_is_not_overwritten(tmp_path: Path, monkeypatch, capsys) -> None:
-    out = tmp_path / "chat.jsonl"
-    out.write_text(json.dumps({}))
-    monkeypatch.setattr(sys, "argv", ["build_chat.py", "nowhere", str(out)])
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["build_chat.py", "nowhere", str(tmp_path)])
     assert script.main() == 2
     assert "exists" in capsys.readouterr().err
-    assert out.read_text() == "{}"
+
+
+def test_a_model_talks_to_itself(tmp_path: Path, monkeypatch, capsys, tiny_backbone) -> None:
+    """A random model says nothing sensible and never stops: what is written is what it was asked and managed."""
+    backbone = tiny_backbone(vocab_size=272, max_positions=512)
+    causal_lm(backbone.model).save_pretrained(tmp_path / "model")
+    backbone.tokenizer.save_pretrained(tmp_path / "model")
+    asked = []
+
+    def answers(self: script.Writer, questions: list[str], max_tokens: int) -> list[str | None]:
+        asked.extend(questions)
+        tried = self._write(questions, max_tokens, sample=False)
+        assert len(tried) == len(questions)
+        return [None if i % 3 == 0 else f"Answer {len(asked)}-{i}." for i in range(len(questions))]
+
+    monkeypatch.setattr(script.Writer, "answers", answers)
+    options = ["--pairs", "12", "--batch", "5", "--answer-tokens", "4", "--heldout", "2"]
+    monkeypatch.setattr(sys, "argv", ["build_chat.py", str(tmp_path / "model"), str(tmp_path / "out"), *options])
+    assert script.main() == 0
+    assert len(asked) == 12 and set(asked) <= set(script.plain_questions())
+    files = {name: (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "heldout")}
+    written = [json.loads(line)["messages"] for lines in files.values() for line in lines]
+    questions = [message["content"] for turn in written for message in turn if message["role"] == "user"]
+    assert len(questions) == len(set(questions)) == 12 - 5
+    assert len(files["heldout"]) == 2
+    assert "12 questions, 5 answers" in capsys.readouterr().out

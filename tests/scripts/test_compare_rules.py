@@ -107,13 +107,12 @@ def test_a_batch_with_kept_prompts_writes_what_generate_does(tiny_backbone):
     filler = np.asarray(lm.tokenizer("Plain text. It goes on.\n" * 400)["input_ids"])
     settings = Eval(context=768, needles=6, questions=2, documents=3, budgets=[16], dense_layers=1)
     tasks = script.tasks_of(lm, filler, settings, continuations=2)
-    assert [task.name for task in tasks] == ["", "stepped_", "text_"]
-    for part in (tasks[:2], tasks[2:]):
+    assert [task.name for task in tasks] == ["", "stepped_", "copy_", "text_"]
+    for part in (tasks[:2], tasks[2:3], tasks[3:]):
         cache = PrefixCache.for_model(lm.model, 2, 0)
         for task in part:
-            asked = len(task.prompts[0].expected)
-            options = {"max_new_tokens": 8 * (1 + asked), "threshold": 0.9, "steps": task.steps}
-            options |= {"acceptance": task.acceptance.name, "stop_ids": None if asked else ()}
+            options = {"max_new_tokens": task.max_new_tokens, "threshold": 0.9, "steps": task.steps}
+            options |= {"acceptance": task.acceptance, "stop_ids": None if task.stops else ()}
             for arm in (script.EXACT, *(arm for arm in script.SPARSE if arm.label in DECODED)):
                 rule = arm.at(16, 1)
                 rows = script.decode(lm, task, task.prompts, rule, arm.levers, cache)
@@ -123,8 +122,23 @@ def test_a_batch_with_kept_prompts_writes_what_generate_does(tiny_backbone):
                     ).rows[0]
                     assert row.tokens == alone.tokens
                     assert {**row.forwards, "prefill": 0} == {**alone.forwards, "prefill": 0}
-                    assert row.finish == "length" or asked
+                    assert row.finish == "length" or task.stops
             assert row.forwards["prefill"] == 1 < alone.forwards["prefill"]
+
+
+def test_a_passage_is_copied_when_its_tokens_stand_in_their_places():
+    window = np.arange(256, dtype=np.uint16)
+    prompt = script.copy_prompt(window, 8, np.random.default_rng(0))
+    assert len(prompt.input_ids) == 248 and len(prompt.continuation) == 8
+    start = int(prompt.input_ids[-8])
+    assert 32 <= start < 160
+    assert prompt.input_ids[-8:].tolist() == list(range(start, start + 8))
+    assert prompt.input_ids[:-8].tolist() == list(range(240))
+    assert prompt.continuation.tolist() == list(range(start + 8, start + 16))
+    row = RowResult(prompt.continuation.tolist(), None, "length", 1, {"exact": 1, "sparse": 7}, 1, 16.0)
+    assert script.score(prompt, row) == script.Answered(True, 1.0, 8.0, 0.875)
+    moved = replace(row, tokens=[9, *prompt.continuation.tolist()[:-1]])
+    assert script.score(prompt, moved).found == 0.0
 
 
 def test_an_answer_is_right_when_every_value_is_in_it():
@@ -159,7 +173,7 @@ def test_the_file_holds_every_row_and_what_it_took(checkpoint, capsys):
     settings = result["settings"]
     assert settings["windows"]["given"] == 3 and settings["windows"]["done"] == 1  # the first unit is always done
     assert settings["questions"] == settings["continuations"] == {"given": 2, "done": 1}
-    assert settings["batch"] == 1 and list(settings["seconds"]) == ["given", "probes", "questions", "text"]
+    assert settings["batch"] == 1 and list(settings["seconds"]) == ["given", "probes", "questions", "copy_", "text_"]
     assert settings["model"] == "base" and settings["dtype"] == "torch.float32"
     assert result["environment"]["commit"] == "abc"
     exact, *rows = result["rows"]
@@ -181,7 +195,7 @@ def test_all_units_are_done_when_there_is_time(checkpoint):
     result = json.loads(Path("results/rules.json").read_text())
     assert sorted(result["settings"]["windows"]["numbers"]) == [0, 1, 2]
     assert {row["ce"]["n"] for row in result["rows"]} == {3}
-    for name in ("found", "stepped_found", "text_forwards_per_block"):
+    for name in ("found", "stepped_found", "copy_found", "text_forwards_per_block"):
         assert {row[name]["n"] for row in result["rows"]} == {2}
 
 
