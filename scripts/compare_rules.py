@@ -81,13 +81,18 @@ class Arm:
         """The rule with a budget of keys per KV head; equal for all rules, those with a ratio of their own too."""
         return make_rule(self.rule, **{"budget": budget, "dense_layers": dense_layers} | dict(self.options))
 
-    def state(self, rule: Rule, block_size: int) -> State:
-        """What the block looks like when its final choice is made; not for rules that choose within a step."""
+    def state(self, rule: Rule, block_size: int, revealed: int) -> State:
+        """What the block looked like when the choice in force after so many reveals was made, one reveal a step.
+
+        Not for rules that choose within a step.
+        """
         if rule.chooses == "step":
             return "later"
-        if self.levers.refresh is not None:
-            return "draft"
-        return max(rule.select_at(block_size), *self.levers.reselect_at, 0)
+        first = min(rule.select_at(block_size), revealed)
+        again = [step for step in self.levers.reselect_at if first < step <= revealed]
+        if again:
+            return max(again)
+        return first if self.levers.refresh is None else "draft"
 
 
 EXACT = Arm("exact", "exact")
@@ -165,13 +170,17 @@ class Window:
         lengths = [length for length in self.lengths for _ in range(per_block)] * times
         return self.cache.prefix([0] * len(lengths), lengths)
 
+    @property
+    def revealed(self) -> list[int]:
+        """Tokens of a block that are known at each probed step, the fewest of any block."""
+        known = torch.tensor([len(places) for places in self.order], device=self.is_masked.device)[:, None]
+        return (known - self.is_masked.sum(-1).view(-1, len(REVEALS))).amin(0).tolist()
+
     def at_step(self, step: int) -> Tensor:
-        """(blocks, B) int64: every block with so many tokens revealed, but no more than at the first probed step."""
+        """(blocks, B) int64: every block with so many tokens revealed."""
         ids = self.start.clone()
-        first = self.is_masked[:: len(REVEALS)]
         for row, places in enumerate(self.order):
             known = torch.from_numpy(places[:step]).to(ids.device)
-            known = known[~first[row, known]]
             ids[row, known] = self.truth[row, known]
         return ids
 
@@ -257,7 +266,8 @@ def look_everywhere(window: Window, arms: Mapping[Arm, Sequence[Rule]]) -> dict[
         for rule in rules:
             if rule.chooses == "layer" or arm.levers.residual:
                 continue
-            wanted[arm.state(rule, size)][rule] = None
+            for revealed in window.revealed:
+                wanted[arm.state(rule, size, revealed)][rule] = None
             if arm.levers.refresh is not None:
                 wanted[0][rule] = None
     looks: dict[State, Look] = {0: look(window, window.start, list(wanted.pop(0)))}
@@ -272,19 +282,25 @@ def look_everywhere(window: Window, arms: Mapping[Arm, Sequence[Rule]]) -> dict[
 
 def choose(window: Window, arm: Arm, rule: Rule, looks: Mapping[State, Look]) -> Choice:
     """The keys that every probed row sees under a rule that chooses from an exact forward."""
-    state = arm.state(rule, window.lm.family.block_size)
-    if state == "later":
+    size, blocks = window.lm.family.block_size, range(len(window.lengths))
+    if rule.chooses == "step":
         lengths = window.prefix(len(REVEALS)).lengths
-        return Choice(rule.choose(looks[state].observed[rule], lengths), None, [])
+        return Choice(rule.choose(looks["later"].observed[rule], lengths), None, [])
     if arm.levers.residual:  # needs the choosing step's queries, not its scores alone
-        assert state == 0
+        assert not arm.levers.reselect_at and arm.levers.refresh is None
         _, choice = choose_forward(window.lm.model, window.prefix(), window.start, rule, residual=True)
-    else:
+        return choice.take([block for block in blocks for _ in REVEALS])
+    chosen = []
+    for revealed in window.revealed:
+        state = arm.state(rule, size, revealed)
         observed = looks[state].observed[rule]
-        if arm.levers.refresh is not None:
+        if state == "draft":
+            assert arm.levers.refresh is not None
             observed = merge_observed(looks[0].observed[rule], observed, arm.levers.refresh)
-        choice = Choice(rule.choose(observed, window.lengths), None, [])
-    return choice.take([block for block in range(len(window.lengths)) for _ in REVEALS])
+        chosen.append(Choice(rule.choose(observed, window.lengths), None, []))
+    selection, _ = stack(chosen)  # by reveal, then block: turned around
+    rows = [reveal * len(blocks) + block for block in blocks for reveal in range(len(REVEALS))]
+    return Choice(selection, None, []).take(rows)
 
 
 def stack(choices: Sequence[Choice]) -> tuple[Selection, Residual | None]:

@@ -11,7 +11,7 @@ import torch
 
 from mage_tune.decode.cache import PrefixCache
 from mage_tune.decode.result import RowResult
-from mage_tune.decode.steps import BlockSteps
+from mage_tune.decode.steps import BlockSteps, Levers
 from mage_tune.evals.needles import NeedlePrompt
 from mage_tune.evals.probes import REVEALS, masked_cross_entropy, probe_window
 from mage_tune.evals.run import SEED
@@ -40,9 +40,17 @@ def tokens():
     return np.random.default_rng(0).integers(4, 60, BLOCKS * SIZE).astype(np.uint16)
 
 
+ARMS = (
+    *script.SPARSE,
+    script.Arm("again and again", "mage", Levers(reselect_at=(3, 16, 20))),
+    script.Arm("draft, then again", "mage", Levers(refresh="union", reselect_at=(12,))),
+    script.Arm("sinks and recent keys", "mage", options=(("sinks", 2), ("recent", 5))),
+)
+
+
 @pytest.fixture(scope="module")
 def found(lm, tokens):
-    return script.probe_window(lm, tokens, 3, SETTINGS)
+    return script.probe_window(lm, tokens, 3, SETTINGS, ARMS)
 
 
 def test_probes_are_those_of_the_evaluation(lm, tokens, found):
@@ -60,7 +68,8 @@ def decoded_loss(window, arm, rule, block, reveal):
     """One probed step of one block as `generate` would run it: step after step, alone in its batch."""
     lm, at = window.lm, block * len(REVEALS) + reveal
     steps = BlockSteps(lm.model, window.cache.prefix([0], [window.lengths[block]]), rule, arm.levers, SIZE)
-    choosing = max(steps.choosing_steps) if rule.chooses == "once" else -1
+    usable = [step for step in steps.choosing_steps if step <= window.revealed[reveal]]
+    choosing = max(usable) if rule.chooses == "once" else -1
     for step in range(choosing + 1):
         hidden, _ = steps.forward(window.at_step(step)[block : block + 1])
         if steps.wants_draft:
@@ -72,7 +81,7 @@ def decoded_loss(window, arm, rule, block, reveal):
     return masked_cross_entropy(lm, hidden, before, mask, window.truth[block]).item()
 
 
-@pytest.mark.parametrize("arm", script.SPARSE, ids=LABELS)
+@pytest.mark.parametrize("arm", ARMS, ids=[arm.label for arm in ARMS])
 def test_every_arm_is_what_decoding_does(lm, tokens, found, arm):
     window = script.open_window(lm, tokens, 3, 2)
     for budget in BUDGETS:
@@ -99,7 +108,8 @@ def test_steps_before_the_probed_ones_reveal_one_token_each(lm, tokens):
         assert ((ids != mask_id).sum(1) == 1 + step).all()  # the seed token, and one a step
         assert (ids[ids != mask_id] == window.truth[ids != mask_id]).all()
         known = ids != mask_id
-        assert not (known & window.is_masked[:: len(REVEALS)]).any()  # never more than at the first probed step
+        assert not (known & window.is_masked[:: len(REVEALS)]).any()  # the probed steps know more, in the same order
+    assert window.revealed == [8, 16, 23]
 
 
 def test_a_batch_with_kept_prompts_writes_what_generate_does(tiny_backbone):
