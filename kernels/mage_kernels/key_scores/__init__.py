@@ -49,7 +49,8 @@ def mean_probability(
         return reference.mean_probability(query, key, log_mass, lengths, scale)
     from mage_kernels.key_scores import triton
 
-    score = triton.mean_probability(with_layers(query, 4), with_layers(key, 4), with_layers(log_mass, 3), lengths, scale)
+    layered = (with_layers(query, 4), with_layers(key, 4), with_layers(log_mass, 3))
+    score = triton.mean_probability(*layered, lengths, scale)
     return score.view(*key.shape[:-1])
 
 

@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
     worst_chosen: Tensor
     """(...) float32: lowest score among those chosen on merit, not forced; +inf if there is none."""
     best_left: Tensor
-    """(...) float32: highest score among those not chosen; -inf if there is none."""
+    """(...) float32: highest score among those not chosen; -inf if there is none, +inf if a forced one did not fit."""
 
 
 def top_k(
@@ -57,7 +57,7 @@ def top_k(
             f"{tuple(score.shape)} with strides {score.stride()}"
         )
     if k < 1 or page < 1 or sinks < 0 or recent < 0:
-        raise ValueError(f"{op}: k {k} and page {page} must be positive, sinks {sinks} and recent {recent} not negative")
+        raise ValueError(f"{op}: k {k} and page {page} must be positive, sinks {sinks}, recent {recent} not negative")
     check_counts(op, "lengths", lengths, score.shape[-3:-2] if lengths.dim() == 1 else tuple(score.shape[:-1]))
     groups = -(-score.shape[-1] // MAX_WIDTH)
     limit = f"k {k} is too large for rows of {score.shape[-1]} entries" if k * groups > MAX_WIDTH else None

@@ -28,5 +28,5 @@ def top_k(
         index.where(index < size, 0).int(),
         is_chosen.sum(-1, dtype=torch.int32),
         score.masked_fill(~on_merit, float("inf")).amin(-1),
-        score.masked_fill(~left, float("-inf")).amax(-1),
+        score.masked_fill(is_forced, float("inf")).masked_fill(~left, float("-inf")).amax(-1),
     )

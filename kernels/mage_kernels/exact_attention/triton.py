@@ -1,0 +1,333 @@
+"""Exact attention: flash attention of packed rows over parts of the prefix, then one kernel that merges the parts.
+
+A program owns BLOCK_M rows and one part of the prefix; the parts are the same number for every length and cut on the
+device, so a captured graph stays right. The merging kernel adds the block's own keys, which are few, by itself: so the
+log-sum-exp over the prefix alone falls out, and no program waits for a key that another one has.
+Logits live in base 2 inside (exp2 is what the hardware has); results are natural logarithms.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile
+
+
+@triton.jit
+def split_kernel(
+    query,
+    key,
+    value,
+    lengths,
+    part_out,  # [batch * heads, num_splits, R, D] float32
+    part_mass,  # [batch * heads, num_splits, R] float32, base 2
+    tile_mass,  # [batch * heads, T, R] float32, or unused
+    qk_scale,
+    num_rows,
+    num_tiles,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    num_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    num_splits,
+    TILE_MASS: tl.constexpr,
+):
+    """Rows BLOCK_M of one KV head against one part of its prefix."""
+    i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    length = tl.load(lengths + i_b)
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
+    start = tl.minimum(i_split * per_split, length)
+    end = tl.minimum(start + per_split, length)
+    full_end = start + (end - start) // BLOCK_N * BLOCK_N
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < num_rows
+    m_d = o_d < D
+    p_mass = part_mass + (i_bh * num_splits + i_split) * num_rows + o_m
+    if start >= end:
+        tl.store(p_mass, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=m_m)
+        return
+
+    p_q = query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :]
+    p_k = key + i_b * k_batch + i_h * k_head + (start + o_n).to(tl.int64)[:, None] * k_row + o_d[None, :]
+    p_v = value + i_b * v_batch + i_h * v_head + (start + o_n).to(tl.int64)[:, None] * v_row + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    p_tile = tile_mass + (i_bh * num_tiles + start // BLOCK_N) * num_rows + o_m
+    for _ in range(start, full_end, BLOCK_N):
+        if BLOCK_D == D:
+            b_k = tl.load(p_k)
+            b_v = tl.load(p_v)
+        else:
+            b_k = tl.load(p_k, mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
+        b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, o_n < BLOCK_N, b_acc, b_max, b_sum, qk_scale, False)
+        if TILE_MASS:
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
+            p_tile += num_rows
+        p_k += BLOCK_N * k_row
+        p_v += BLOCK_N * v_row
+    if full_end < end:  # the last tile of the prefix, not full
+        m_n = full_end + o_n < end
+        b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
+        if TILE_MASS:
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
+
+    tl.store(p_mass, b_max + tl.log2(b_sum), mask=m_m)
+    p_out = part_out + ((i_bh * num_splits + i_split) * num_rows + o_m[:, None]) * D + o_d[None, :]
+    tl.store(p_out, b_acc / b_sum[:, None], mask=m_m[:, None] & m_d[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    query,
+    own_key,
+    own_value,
+    part_out,
+    part_mass,
+    out,  # [batch * heads, R, D]
+    log_mass,  # [batch * heads, R]
+    prefix_log_mass,  # [batch * heads, R]
+    qk_scale,
+    num_rows,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    num_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    num_splits,
+):
+    """BLOCK_M rows of one KV head: all parts of the prefix, and the block's own keys."""
+    i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < num_rows
+    m_md = m_m[:, None] & (o_d < D)[None, :]
+    p_mass = part_mass + i_bh * num_splits * num_rows + o_m
+    p_part = part_out + (i_bh * num_splits * num_rows + o_m[:, None]) * D + o_d[None, :]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for _ in range(num_splits):
+        b_mass = tl.load(p_mass, mask=m_m, other=float("-inf"))
+        m_part = b_mass > float("-inf")  # an empty part wrote no output
+        b_part = tl.load(p_part, mask=m_md & m_part[:, None], other=0.0)
+        b_new = tl.maximum(b_max, b_mass)
+        b_shift = tl.where(b_new > float("-inf"), b_new, 0.0)  # -inf - -inf is NaN
+        b_old, b_weight = tl.exp2(b_max - b_shift), tl.exp2(b_mass - b_shift)
+        b_acc = b_acc * b_old[:, None] + b_part * b_weight[:, None]
+        b_sum = b_sum * b_old + b_weight
+        b_max = b_new
+        p_mass += num_rows
+        p_part += num_rows * D
+    p_row = i_bh * num_rows + o_m
+    tl.store(prefix_log_mass + p_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+    if OWN > 0:
+        o_n = tl.arange(0, BLOCK_OWN)
+        m_nd = (o_n < OWN)[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
+        p_k = own_key + i_b * k_batch + i_h * k_head + o_n[:, None] * k_row + o_d[None, :]
+        p_v = own_value + i_b * v_batch + i_h * v_head + o_n[:, None] * v_row + o_d[None, :]
+        b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
+        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, o_n < OWN, b_acc, b_max, b_sum, qk_scale, True)
+    b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
+    p_out = out + p_row[:, None] * D + o_d[None, :]
+    tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_md)
+    tl.store(log_mass + p_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+
+
+class Plan(NamedTuple):
+    """How the prefix pass is cut into programs and compiled."""
+
+    block_m: int
+    block_n: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+def make_plan(batch_heads: int, num_rows: int, capacity: int, head_dim: int, tile: int | None, slots: int) -> Plan:
+    """Tiles by shape, and the number of parts that fills `slots` programs at a time best, in one wave if it can."""
+    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+    block_n = tile or 64
+    columns = batch_heads * triton.cdiv(num_rows, block_m)
+    most = max(1, min(triton.cdiv(capacity, block_n), 128))
+    best, best_fill = 1, 0.0
+    for splits in range(1, most + 1):
+        programs = columns * splits
+        fill = programs / (triton.cdiv(programs, slots) * slots)
+        if fill > best_fill + 0.04:  # more parts cost a little: they must fill noticeably better
+            best, best_fill = splits, fill
+    return Plan(block_m, block_n, best, 8 if block_m >= 128 else 4, 3)
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    own_key: Tensor | None,
+    own_value: Tensor | None,
+    tile: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `mage_kernels.exact_attention.exact_attention`."""
+    out, log_mass, prefix_log_mass, tile_log_mass = _op(
+        query, key, value, lengths, scale, own_key, own_value, tile or 0
+    )
+    return out, log_mass, prefix_log_mass, tile_log_mass if tile else None
+
+
+@torch.library.custom_op("mage_kernels::exact_attention", mutates_args=())
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    own_key: Tensor | None,
+    own_value: Tensor | None,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, num_rows, _ = query.shape
+    plan = make_plan(batch * heads, num_rows, key.shape[-2], query.shape[-1], tile or None, num_slots(query))
+    return launch(plan, query, key, value, lengths, scale, own_key, own_value, tile)
+
+
+@_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    own_key: Tensor | None,
+    own_value: Tensor | None,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(query, key, tile)
+
+
+def _outputs(query: Tensor, key: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, num_rows, head_dim = query.shape
+    num_tiles = -(-key.shape[-2] // tile) if tile else 0
+    rows = (batch, heads, num_rows)
+    floats = {"dtype": torch.float32, "device": query.device}
+    return (
+        torch.empty(*rows, head_dim, dtype=query.dtype, device=query.device),
+        torch.empty(rows, **floats),
+        torch.empty(rows, **floats),
+        torch.empty(batch, heads, num_tiles, num_rows, **floats),
+    )
+
+
+def num_slots(tensor: Tensor) -> int:
+    """Programs that run at a time, one per multiprocessor; a handful in the interpreter."""
+    if tensor.device.type != "cuda":
+        return 6
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def launch(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    own_key: Tensor | None,
+    own_value: Tensor | None,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both kernels under a plan; `tile`, if not 0, is the plan's block_n."""
+    assert not tile or tile == plan.block_n
+    batch, heads, num_rows, head_dim = query.shape
+    out, log_mass, prefix_log_mass, tile_mass = _outputs(query, key, tile)
+    parts = (batch * heads, plan.num_splits, num_rows)
+    part_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
+    part_mass = torch.empty(parts, dtype=torch.float32, device=query.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    split_kernel[(triton.cdiv(num_rows, plan.block_m), plan.num_splits, batch * heads)](
+        query,
+        key,
+        value,
+        lengths,
+        part_out,
+        part_mass,
+        tile_mass,
+        scale * LOG2_E.value,
+        num_rows,
+        tile_mass.shape[2],
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        num_heads=heads,
+        D=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        num_splits=plan.num_splits,
+        TILE_MASS=tile > 0,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    own = 0 if own_key is None else own_key.shape[-2]
+    own_key, own_value = (query, query) if own_key is None or own_value is None else (own_key, own_value)
+    merge_kernel[(triton.cdiv(num_rows, 16), batch * heads)](
+        query,
+        own_key,
+        own_value,
+        part_out,
+        part_mass,
+        out,
+        log_mass,
+        prefix_log_mass,
+        scale * LOG2_E.value,
+        num_rows,
+        *query.stride()[:3],
+        *own_key.stride()[:3],
+        *own_value.stride()[:3],
+        num_heads=heads,
+        D=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=16,
+        OWN=own,
+        BLOCK_OWN=max(16, triton.next_power_of_2(own)),
+        num_splits=plan.num_splits,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out, log_mass, prefix_log_mass, tile_mass
