@@ -1,0 +1,488 @@
+"""What strengthens mask-guided attention? Every training objective at equal tokens, then the inference-side levers.
+
+    python scripts/study_objectives.py --list                      # the arms and why each is there
+    python scripts/study_objectives.py --only query attention      # some arms
+    python scripts/study_objectives.py                             # all of them, then levers on base and winner
+    python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
+    python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
+    python scripts/study_objectives.py --table                     # the Markdown tables of docs/objectives.md
+
+An arm is recipes/smollm2-135m.yaml with some keys changed (ARMS below), so one arm is also
+`mage-tune train recipes/smollm2-135m.yaml --set KEY=VALUE ...` as `--list` prints it. All arms see the same rows, seeds
+and number of steps. Finished (arm, seed) pairs in the results file are not run again.
+
+Measured on every arm, on the same held-out windows and prompts: masked-token cross-entropy exact, with the keys chosen
+at the all-[MASK] step and with those of the very step, and recall, at every budget (2K, 4K, 8K tokens); questions for
+three needles and a passage to copy, both in eight steps a block so that most steps are sparse; forwards per block of
+plain text at threshold 0.9; cross-entropy of answers to short prompts, a guard. The gap is always taken to the exact
+cross-entropy of the *untuned* model, so that a tuned model cannot shrink it by getting worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare_rules import Arm as Decoding
+from compare_rules import Task, answer_all, probe_window, tasks_of, window_order
+from rich.console import Console
+
+from mage_tune import load
+from mage_tune.data.chat import ChatRows
+from mage_tune.data.collate import Collator
+from mage_tune.data.example import Example
+from mage_tune.data.text import load_ids
+from mage_tune.decode.cache import PrefixCache
+from mage_tune.decode.steps import Levers
+from mage_tune.environment import environment
+from mage_tune.evals.run import cut_windows
+from mage_tune.evals.stats import estimate, paired_difference
+from mage_tune.lm import BlockDiffusionLM
+from mage_tune.recipe import Eval, load_recipe
+from mage_tune.recipe_schema import Objective
+from mage_tune.stream_loss import StreamLoss
+
+RECIPE = Path("recipes/smollm2-135m.yaml")
+RESULTS = Path("results/objectives.json")
+CHAT = Path("data/smollm2-chat/heldout.jsonl")
+STEPS = 80
+"""Optimizer steps of every arm: 2.6M tokens of data, at 16 rows of 2048."""
+BUDGETS = (32, 64, 128, 256, 512)
+CONTEXTS = {2048: 24, 4096: 8, 8192: 4}
+"""Context -> windows probed."""
+TASK_BUDGETS = (32, 128)
+"""Budgets of the tasks that are decoded."""
+MOST_HARM = 0.01
+"""Exact cross-entropy, nats, that an objective may cost and still win."""
+
+Q, A, S = "objective.query_alignment", "objective.attention_alignment", "objective.sparse_distillation"
+OFF = {f"{Q}.weight": 0.0, f"{A}.weight": 0.0, f"{S}.weight": 0.0}
+QUERY = OFF | {f"{Q}.weight": 5.0}
+ATTENTION = OFF | {f"{A}.weight": 1.0}
+SPARSE = OFF | {f"{S}.weight": 1.0, f"{S}.budget": 128, "train.rows": 4, "train.accumulation": 4}
+BOTH = OFF | {f"{Q}.weight": 5.0, f"{A}.weight": 1.0}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One objective under study."""
+
+    name: str
+    changes: dict[str, Any]
+    why: str
+    seeds: tuple[int, ...] = (0,)
+
+    def overrides(self, seed: int) -> list[str]:
+        """For `mage-tune train --set`; the objective of the recipe is replaced, everything else stays."""
+        length = {} if self.name == "recipe" else {"train.steps": STEPS, "train.save_every": STEPS}
+        changes = {"seed": seed} | length | self.changes
+        return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+ARMS = (
+    Trained("diffusion", OFF, "more of the family's own loss: what training alone gives", (0, 1)),
+    Trained("query", QUERY, "block-average queries, cosine, per group, after rotary positions, one-sided", (0, 1)),
+    Trained("query, squared", QUERY | {f"{Q}.distance": "squared"}, "relative squared error: lengths count too"),
+    Trained("query, per head", QUERY | {f"{Q}.average": "head"}, "every query head keeps its own direction"),
+    Trained("query, before rotary", QUERY | {f"{Q}.rotary": "before"}, "content without position"),
+    Trained("query, symmetric", QUERY | {f"{Q}.symmetric": True}, "the later steps may move as well"),
+    Trained("attention", ATTENTION, "KL of mean attention, 8 sampled blocks a row", (0, 1)),
+    Trained("attention, all blocks", ATTENTION | {f"{A}.blocks": 64, "train.rows": 2, "train.accumulation": 8}, "all"),
+    Trained("attention, reversed", ATTENTION | {f"{A}.direction": "mask_to_later"}, "mode-seeking KL"),
+    Trained("attention, top 128", ATTENTION | {f"{A}.top_k": 128}, "only the keys the later step would choose"),
+    Trained("attention, power 0.5", ATTENTION | {f"{A}.power": 0.5}, "keys of little mass count for more"),
+    Trained("query + attention", BOTH, "both alignments", (0, 1)),
+    Trained("sparse CE", SPARSE | {f"{S}.kl_weight": 0.0}, "training under sparsity with plain cross-entropy", (0, 1)),
+    Trained("sparse, KL to base", SPARSE, "distilled from the exact untuned model, KL(teacher || student)"),
+    Trained(
+        "sparse, reverse KL to base",
+        SPARSE | {f"{S}.direction": "student_to_teacher"},
+        "the direction MAGE v1 is reported to use",
+    ),
+    Trained("sparse, KL to itself", SPARSE | {f"{S}.teacher": "adapters_on"}, "teacher: the model's own exact step"),
+    Trained(
+        "everything",
+        BOTH | SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 1.0, f"{S}.kl_weight": 0.0},
+        "alignment moves the choice, sparse CE adapts to it",
+        (0, 1),
+    ),
+    Trained("both, rank 8", BOTH | {"adapter.rank": 8, "adapter.alpha": 16.0}, "a smaller adapter"),
+    Trained("both, rank 128", BOTH | {"adapter.rank": 128, "adapter.alpha": 256.0}, "a larger adapter"),
+    Trained("both, q and k only", BOTH | {"adapter.targets": ["q_proj", "k_proj"]}, "only what selection reads"),
+    Trained("sparse CE at 32", SPARSE | {f"{S}.kl_weight": 0.0, f"{S}.budget": 32}, "smaller budget in training"),
+    Trained("sparse CE at 512", SPARSE | {f"{S}.kl_weight": 0.0, f"{S}.budget": 512}, "larger budget in training"),
+    Trained("recipe", {}, "the recipe as it stands, at its own length"),
+)
+
+LEVERS = (
+    Decoding("mage", "mage"),
+    Decoding("draft refresh", "mage", Levers(refresh="draft")),
+    Decoding("union refresh", "mage", Levers(refresh="union")),
+    Decoding("re-selected at 8", "mage", Levers(reselect_at=(8,))),
+    Decoding("re-selected at 8 and 16", "mage", Levers(reselect_at=(8, 16))),
+    Decoding("draft refresh, re-selected at 8", "mage", Levers(refresh="draft", reselect_at=(8,))),
+    Decoding("residual", "mage", Levers(residual=True)),
+    Decoding("recent 32", "mage", options=(("recent", 32),)),
+    Decoding("sinks 4, recent 32", "mage", options=(("sinks", 4), ("recent", 32))),
+    Decoding("layer budgets", "mage-v1"),
+    Decoding("oracle", "oracle"),
+)
+"""Tried at inference on base and winner; steps count one revealed token each, so step 8 is a quarter of a block."""
+
+
+# Measuring
+
+
+def settings(context: int, windows: int, budgets: Sequence[int], dense_layers: int = 2) -> Eval:
+    """The same for every arm."""
+    recipe = load_recipe(RECIPE)
+    return Eval(
+        text=recipe.eval.text,
+        context=context,
+        documents=windows,
+        blocks=6,
+        budgets=list(budgets),
+        dense_layers=dense_layers,
+        needles=13,
+        questions=32,
+    )
+
+
+def probe(lm: BlockDiffusionLM, tokens: np.ndarray, given: Eval, arms: Sequence[Decoding]) -> dict[str, np.ndarray]:
+    """Metric name -> value of every window: "ce exact", "ce LABEL BUDGET" and "recall LABEL BUDGET"."""
+    windows = cut_windows(tokens, given.context, given.documents)
+    values: dict[str, list[float]] = {}
+    for number in window_order(len(windows)):
+        for (label, budget), found in probe_window(lm, windows[number], number, given, arms).items():
+            name = label if budget is None else f"{label} {budget}"
+            values.setdefault(f"ce {name}", []).append(found.ce)
+            if found.recall is not None:
+                values.setdefault(f"recall {name}", []).append(found.recall)
+    return {name: np.array(value) for name, value in values.items()}
+
+
+def decode(lm: BlockDiffusionLM, tokens: np.ndarray, given: Eval, batch: int = 32) -> dict[str, np.ndarray]:
+    """Metric name -> value of every prompt: questions and copies in eight steps, forwards of plain text."""
+    mage = Decoding("mage", "mage")
+    values: dict[str, list[float]] = {}
+    tasks = tasks_of(lm, tokens, given, continuations=given.documents)
+    for part in ([tasks[1]], [tasks[2]], [tasks[3]]):
+        for units in batches(part[0], batch):
+            cache = PrefixCache.for_model(lm.model, len(units), 0)
+            for name, found in answer_all(lm, part, units, given, cache, [mage]).items():
+                for (label, budget), answers in found.items():
+                    arm = label if budget is None else f"{label} {budget}"
+                    measured = "forwards_per_block" if name == "text_" else "found"
+                    values.setdefault(f"{name}{measured} {arm}", []).extend(getattr(a, measured) for a in answers)
+    return {name: np.array(value) for name, value in values.items()}
+
+
+def batches(task: Task, size: int) -> Iterator[range]:
+    """The prompts of a task, `size` at a time."""
+    for start in range(0, len(task.prompts), size):
+        yield range(start, min(start + size, len(task.prompts)))
+
+
+@torch.no_grad()
+def answer_loss(lm: BlockDiffusionLM, rows: int = 256, batch: int = 16) -> np.ndarray:
+    """(rows,) diffusion loss of answers to short prompts with exact attention, nats; the noise is that of the row."""
+    chats = ChatRows(str(CHAT), lm.tokenizer, lm.family, length=512)
+    loss = StreamLoss(Objective())
+    collate = Collator(lm.family, 0, length_multiple=128, **loss.collator_needs())
+    values = []
+    for i in range(min(rows, len(chats))):
+        example = collate([Example(*chats[i], row=i)])
+        example = {key: x.to(lm.device) if isinstance(x, torch.Tensor) else x for key, x in example.items()}
+        with torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=lm.device.type == "cuda"):
+            total = loss.sums(lm.model, example)["diffusion"]
+        values.append(float(total / example["loss_items"].clamp_min(1e-6)))
+    return np.array(values)
+
+
+def measure(lm: BlockDiffusionLM) -> dict[str, np.ndarray]:
+    """Everything measured on one model, by metric and unit."""
+    tokens = load_ids(str(settings(2048, 1, BUDGETS).text), lm.tokenizer, lm.family)
+    arms = [Decoding("mage", "mage"), Decoding("oracle", "oracle")]
+    values: dict[str, np.ndarray] = {}
+    for context, windows in CONTEXTS.items():
+        found = probe(lm, tokens, settings(context, windows, BUDGETS), arms)
+        values |= {f"{context} {name}": value for name, value in found.items()}
+    values |= decode(lm, tokens, settings(2048, 32, TASK_BUDGETS))
+    return values | {"answers": answer_loss(lm)}
+
+
+# Results
+
+
+def row(name: str, seed: int, values: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> dict[str, Any]:
+    """One arm of the results file; `gap` and everything under "against_base" is paired with the untuned model."""
+    reference = values if base is None else base
+
+    def mean(metric: str) -> float:
+        return round(float(values[metric].mean()), 4)
+
+    def by_budget(metric: str, context: int = 2048) -> dict[str, float]:
+        return {str(k): mean(f"{context} {metric} {k}") for k in BUDGETS}
+
+    measured = {
+        "name": name,
+        "seed": seed,
+        "ce_exact": mean("2048 ce exact"),
+        "ce_mask": by_budget("ce mage"),
+        "ce_oracle": by_budget("ce oracle"),
+        "recall_text": by_budget("recall mage"),
+        "gap": {
+            str(context): {
+                str(k): asdict(paired_difference(values[f"{context} ce mage {k}"], reference[f"{context} ce exact"]))
+                for k in BUDGETS
+            }
+            for context in CONTEXTS
+        },
+        "needles": {arm: asdict(estimate(values[f"stepped_found {arm}"])) for arm in ("exact", "mage 32", "mage 128")},
+        "copied": {arm: asdict(estimate(values[f"copy_found {arm}"])) for arm in ("exact", "mage 32", "mage 128")},
+        "forwards_per_block": {
+            arm: asdict(estimate(values[f"text_forwards_per_block {arm}"])) for arm in ("exact", "mage 32", "mage 128")
+        },
+        "answers": mean("answers"),
+    }
+    if base is not None:
+        guarded = ("2048 ce exact", "2048 recall mage 128", "2048 ce mage 128", "answers")
+        measured["against_base"] = {m: asdict(paired_difference(values[m], base[m])) for m in guarded}
+    return measured | {"units": {name: [round(float(x), 5) for x in value] for name, value in values.items()}}
+
+
+def units(found: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The measured values of a row of the results file."""
+    return {name: np.array(values) for name, values in found["units"].items()}
+
+
+def levers_row(lm: BlockDiffusionLM, base_exact: np.ndarray) -> dict[str, Any]:
+    """Gap at k = 128 of every lever, and of other numbers of dense layers, to the untuned model's exact loss."""
+    tokens = load_ids(str(settings(2048, 1, [128]).text), lm.tokenizer, lm.family)
+    found: dict[str, Any] = {}
+    for dense_layers in (2, 1, 0):
+        arms = LEVERS if dense_layers == 2 else [LEVERS[0], LEVERS[-1]]
+        values = probe(lm, tokens, settings(2048, CONTEXTS[2048], [128], dense_layers), arms)
+        for arm in arms:
+            label = arm.label if dense_layers == 2 else f"{arm.label}, {dense_layers} dense layers"
+            found[label] = {
+                "gap": asdict(paired_difference(values[f"ce {arm.label} 128"], base_exact)),
+                "recall": asdict(estimate(values[f"recall {arm.label} 128"])),
+            }
+    return found
+
+
+class Results:
+    """The results file: what is in it is not run again, and it is written after every arm."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def arms(self) -> list[dict[str, Any]]:
+        """The arms done."""
+        found: list[dict[str, Any]] = self.content.setdefault("arms", [])
+        return found
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether an arm is done."""
+        return any(arm["name"] == name and arm["seed"] == seed for arm in self.arms)
+
+    def save(self) -> None:
+        """Write the file, in the order of ARMS, with the winner by its gap at k = 128."""
+        order = {arm.name: i for i, arm in enumerate(ARMS)}
+        self.arms.sort(key=lambda arm: (order.get(arm["name"], len(order)), arm["seed"]))
+        gaps = {name: gap_of([arm for arm in self.arms if arm["name"] == name]) for name in order}
+        unharmed = {name: gap for name, gap in gaps.items() if gap is not None}
+        self.content["best"] = min(unharmed, key=lambda name: unharmed[name]) if unharmed else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
+    """Mean gap over the seeds of an arm at 2K and k = 128; None when it was not run or harms exact attention."""
+    gaps = [arm["gap"]["2048"]["128"]["mean"] for arm in seeds]
+    harm = [arm["against_base"]["2048 ce exact"]["mean"] for arm in seeds]
+    return float(np.mean(gaps)) if gaps and np.mean(harm) <= MOST_HARM else None
+
+
+# Running
+
+
+def train(arm: Trained, seed: int) -> tuple[Path, float]:
+    """The run folder of an arm and the minutes it took; a finished run is kept."""
+    folder = Path("runs/study") / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mage_tune.cli", "train", str(RECIPE)]
+    for override in [f"output={json.dumps(str(folder))}", *arm.overrides(seed)]:
+        command += ["--set", override]
+    if not (folder / "adapter_model.safetensors").is_file():
+        with log.open("w") as out:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        if code:
+            raise RuntimeError(f"{arm.name}, seed {seed}: training ended with code {code}; see {log}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = max(line["step"] for line in lines)
+    return folder, float(np.median([line["step_s"] for line in lines if "step_s" in line])) * last / 60
+
+
+def run(arms: Sequence[Trained], results: Results, console: Console, commit: str | None) -> None:
+    """Every (arm, seed) that the results file has not got."""
+    model = str(load_recipe(RECIPE).model.path)
+    given = {"recipe": str(RECIPE), "steps": STEPS, "budgets": BUDGETS, "contexts": CONTEXTS, "dense_layers": 2}
+    results.content |= {"settings": given, "environment": environment() | ({"commit": commit} if commit else {})}
+    if "base" not in results.content:
+        results.content["base"] = row("base", 0, measure(load(model)), None)
+        results.save()
+    base = units(results.content["base"])
+    for arm in arms:
+        for seed in arm.seeds:
+            if results.has(arm.name, seed):
+                continue
+            started = time.perf_counter()
+            folder, minutes = train(arm, seed)
+            lm = load(model, adapter=str(folder))
+            found = row(arm.name, seed, measure(lm), base)
+            found |= {"changes": arm.changes, "why": arm.why, "minutes": round(minutes, 2)}
+            if arm.name == "recipe":
+                found["levers"] = levers_row(lm, base["2048 ce exact"])
+            results.arms.append(found)
+            results.save()
+            took = time.perf_counter() - started
+            console.print(f"{arm.name}, seed {seed}: {summary(found)}; {took:.0f} s", highlight=False)
+    if "levers" not in results.content["base"]:
+        results.content["base"]["levers"] = levers_row(load(model), base["2048 ce exact"])
+        results.save()
+
+
+def summary(found: dict[str, Any]) -> str:
+    """An arm in a line."""
+    gap, harm = found["gap"]["2048"]["128"], found["against_base"]["2048 ce exact"]
+    return (
+        f"gap@128 {gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}], "
+        f"recall@128 {found['recall_text']['128']:.3f}, "
+        f"exact CE {harm['mean']:+.3f} [{harm['low']:+.3f}, {harm['high']:+.3f}]"
+    )
+
+
+def join(paths: Sequence[Path], results: Results) -> None:
+    """Add the arms of other files, measured against the same base.
+
+    Raises:
+        ValueError: two files disagree about settings or the untuned model.
+    """
+    for path in paths:
+        other = json.loads(path.read_text())
+        if not results.content.get("base"):
+            results.content |= {key: value for key, value in other.items() if key != "arms"}
+        for key in ("settings", "base"):
+            mine, theirs = (dict(c[key]) for c in (results.content, other))
+            mine.pop("levers", None), theirs.pop("levers", None)
+            if mine != theirs:
+                raise ValueError(f"{path}: another {key} than in {results.path}")
+        results.content["base"] |= {k: v for k, v in other["base"].items() if k == "levers"}
+        results.arms.extend(a for a in other.get("arms", []) if not results.has(a["name"], a["seed"]))
+    results.save()
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The tables of docs/objectives.md."""
+    base = content["base"]
+    lines = [
+        "| arm | seeds | gap@128 | gap@32 | gap@512 | gap@128, 8K | recall@128 | exact CE | answers CE | found@32 "
+        "| copied@32 | forwards@128 | minutes |",
+        "|---|" + "---:|" * 12,
+    ]
+    names = list(dict.fromkeys(arm["name"] for arm in content["arms"]))
+    for name in ("base", *names):
+        seeds = [base] if name == "base" else [arm for arm in content["arms"] if arm["name"] == name]
+        lines.append("| " + " | ".join([name, *cells(seeds)]) + " |")
+    return "\n".join(lines) + "\n\n" + levers_table(content)
+
+
+def cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over the seeds of an arm."""
+
+    def mean(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+        return f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
+
+    def gap(context: str, budget: str) -> str:
+        return mean([arm["gap"][context][budget]["mean"] for arm in seeds])
+
+    harm = [arm["against_base"]["2048 ce exact"]["mean"] for arm in seeds if "against_base" in arm]
+    answers = [arm["against_base"]["answers"]["mean"] for arm in seeds if "against_base" in arm]
+    return [
+        str(len(seeds)),
+        *(gap(*key) for key in (("2048", "128"), ("2048", "32"), ("2048", "512"), ("8192", "128"))),
+        mean([arm["recall_text"]["128"] for arm in seeds]),
+        mean(harm, sign=True) if harm else "",
+        mean(answers, sign=True) if answers else "",
+        mean([arm["needles"]["mage 32"]["mean"] for arm in seeds], 2),
+        mean([arm["copied"]["mage 32"]["mean"] for arm in seeds], 2),
+        mean([arm["forwards_per_block"]["mage 128"]["mean"] for arm in seeds], 1),
+        mean([arm["minutes"] for arm in seeds], 1) if "minutes" in seeds[0] else "",
+    ]
+
+
+def levers_table(content: dict[str, Any]) -> str:
+    """Gap at k = 128 of every lever, on the untuned model and on the recipe's."""
+    models = {"base": content["base"]} | {arm["name"]: arm for arm in content["arms"] if "levers" in arm}
+    models = {name: found for name, found in models.items() if "levers" in found}
+    if not models:
+        return ""
+    lines = [f"| lever, k = 128 | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
+    for lever in next(iter(models.values()))["levers"]:
+        gaps = [found["levers"][lever]["gap"] for found in models.values()]
+        shown = [f"{gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}]" for gap in gaps]
+        lines.append(f"| {lever} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="arms to run, by name; all by default")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th arm from the I-th on")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="print the arms and their commands")
+    parser.add_argument("--table", action="store_true", help="print the Markdown tables of the results file")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="add the arms of other results files")
+    parser.add_argument("--commit", help="the toolkit's commit, where the run is made on a copy without its history")
+    arguments = parser.parse_args(argv)
+    results, console = Results(arguments.out), Console(stderr=True, width=160)
+    known = {arm.name: arm for arm in ARMS}
+    unknown = [name for name in arguments.only or [] if name not in known]
+    if unknown:
+        print(f"error: no arm {unknown[0]!r}; arms: {', '.join(known)}", file=sys.stderr)
+        return 2
+    part, of = (int(number) for number in arguments.shard.split("/"))
+    chosen = [known[name] for name in arguments.only or known][part::of]
+    try:
+        if arguments.list:
+            for arm in chosen:
+                print(f"{arm.name}: {arm.why}\n    mage-tune train {RECIPE} --set {' --set '.join(arm.overrides(0))}")
+        elif arguments.table:
+            print(markdown(results.content))
+        elif arguments.join:
+            join(arguments.join, results)
+        else:
+            run(chosen, results, console, arguments.commit)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
