@@ -197,6 +197,52 @@ def merge(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Published shape (1.5B, 7B, SDAR-8B) or a checkpoint; may be repeated.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Prefix lengths in tokens.")] = "131072,32768,8192",
+    batches: Annotated[str, typer.Option(help="Rows that decode together.")] = "1,4,8",
+    steps: Annotated[str, typer.Option(help="Denoising steps of a block.")] = "32,16,8",
+    rules: Annotated[
+        str, typer.Option(help="Selection rules.")
+    ] = "exact,mage,quest,quest-gemm,quest-mean,sparsed,sparsed-budget,tidal,sparse-dllm",
+    budget: Annotated[int, typer.Option(help="Keys kept per KV head.", min=1)] = 512,
+    seconds: Annotated[float, typer.Option(help="Time for timing; the most important rows come first.")] = 240.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="JSON file for a profile, kernel by kernel.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time decoding on this machine: milliseconds per output block, exact and sparse, against the roofline."""
+    from mage_tune.bench.run import Options
+    from mage_tune.bench.run import bench as run
+
+    run(
+        Options(
+            models=model or ["7B", "1.5B", "SDAR-8B"],
+            contexts=_numbers(contexts, "contexts"),
+            batches=_numbers(batches, "batches"),
+            steps=_numbers(steps, "steps"),
+            rules=rules.split(","),
+            budget=budget,
+            seconds=seconds,
+            out=out,
+            plots=plots,
+            profile=profile,
+            command=" ".join(["mage-tune", *sys.argv[1:]]),
+        )
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ValueError(f"--{option} {text!r}: give whole numbers separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Check this machine: versions, device, disk, Hub settings, attention registration."""
     from rich.console import Console

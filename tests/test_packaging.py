@@ -141,7 +141,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": {"environment", "families", "recipe", "backbone"},
 }
 """Design section 3, bottom first: who may import whom. Whatever is not here stands above all of it."""
-ABOVE = ("trainer", "evals", "publish", "plan", "doctor")
+ABOVE = ("trainer", "evals", "bench", "publish", "plan", "doctor")
 TOP = ("cli", "train")
 
 

@@ -63,6 +63,8 @@ class Blocks:
         """(batch, B) int64, the mask token where undecided."""
         self.window_start = torch.full((batch, 1), -1, device=device)
         self.window_step = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.taken = torch.zeros(batch, dtype=torch.int64, device=device)
+        """Steps that each row has taken part in: those before which it had a mask token."""
         self.is_done = torch.zeros(1, dtype=torch.bool, device=device)
         """Whether no row has a mask token left."""
         self.is_sane = torch.ones(1, dtype=torch.bool, device=device)
@@ -75,6 +77,7 @@ class Blocks:
         self.ids.copy_(ids)
         self.window_start.fill_(-1)
         self.window_step.zero_()
+        self.taken.zero_()
 
     def accept(self, tokens: Tensor, confidence: Tensor) -> None:
         """Fill in what this step decides.
@@ -96,13 +99,14 @@ class Blocks:
         self.ids.copy_(torch.where(accepted, tokens, self.ids))
         self.window_start.copy_(begin)
         self.window_step.copy_(step + 1)
+        self.taken.add_(is_masked.any(-1))
         self.is_done.copy_((self.ids != self.mask_id).all().view(1))
         self.is_sane.logical_and_(~confidence.isnan().any())
 
     @property
     def state(self) -> list[Tensor]:
         """What a step changes."""
-        return [self.ids, self.window_start, self.window_step, self.is_done, self.is_sane]
+        return [self.ids, self.window_start, self.window_step, self.taken, self.is_done, self.is_sane]
 
     def read_done(self) -> bool:
         """Wait for the steps queued so far; whether the blocks are finished."""

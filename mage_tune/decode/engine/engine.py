@@ -188,6 +188,12 @@ class Engine:
             hidden = self.body.forward(self.blocks.ids, self._attend[kind])
             self.blocks.accept(*self._draw(hidden))
 
+    @torch.no_grad()
+    def look(self, kind: Step) -> Tensor:
+        """Logits (batch, B, vocab) of an "exact", "score" or "sparse" step whose tokens are not accepted; no graph."""
+        hidden = self.body.forward(self.blocks.ids, self._attend[kind])
+        return self.body.logits(hidden).unflatten(0, (-1, self.block_size))
+
     def _commit(self) -> None:
         hidden = self.body.forward(self.blocks.ids, self.exact)
         self.cache.lengths.add_(self.advance)
@@ -232,6 +238,8 @@ class Engine:
         size, held = self.block_size, list(self.cache.held)
         if not ids or len(ids) % size:
             raise ValueError(f"only whole blocks of {size} tokens can be read in, got {len(ids)} tokens")
+        if held[row] + len(ids) > self.cache.capacity:
+            raise ValueError(f"{len(ids)} more tokens do not fit in a cache of {self.cache.capacity}")
         chunk = max(size, self.settings.prefill_chunk // size * size)
         hidden = torch.empty(0)
         for start in range(0, len(ids), chunk):

@@ -82,8 +82,8 @@ def generate(
         ValueError: a prompt, option or model that the engine cannot serve.
     """
     prompts, is_batch = read_prompts(lm, prompt)
-    rule_settings = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent}
-    rule = make_rule(attention, **rule_settings, **(rule_options or {}))
+    of_rule = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent}
+    rule = make_rule(attention, **of_rule, **(rule_options or {}))
     settings = engine_settings(lm.family, rule, **options)
     check_prompts(lm, prompts, settings)
     rows = [Row(i, ids, len(ids) + settings.max_new_tokens, settings.row_seed(i)) for i, ids in enumerate(prompts)]
@@ -97,8 +97,8 @@ def generate(
 class EngineWriter:
     """The host side: lays out blocks, looks for the end of each row between blocks, commits.
 
-    A row that has ended stays in the batch, its length frozen, until all have. Forward passes are counted for every row
-    that has not, also those that only other rows of the batch still needed.
+    A row that has ended stays in the batch, its length frozen, until all have. A row's steps are counted until its
+    block has no mask token left: where a text ends within a block, the plain decoder stops earlier and counts fewer.
     """
 
     def __init__(self, lm: BlockDiffusionLM, engine: Engine, settings: Settings, rows: list[Row]) -> None:
@@ -158,14 +158,14 @@ class EngineWriter:
 
     def _settle(self, going: list[Row], counts: dict[str, int]) -> None:
         """Read the finished blocks back."""
-        blocks = self.engine.blocks.ids.tolist()
+        blocks, taken = self.engine.blocks.ids.tolist(), self.engine.blocks.taken.tolist()
         self.engine.blocks.check()
         for row in going:
             row.block = blocks[row.index]
             row.settle(self.settings)
             rule, prefix = self.settings.rule, row.start
-            sparse = counts["sparse"] if rule.is_sparse(prefix) else 0
-            row.forwards["exact"] += counts["exact"] + counts["sparse"] - sparse
+            sparse = max(0, taken[row.index] - counts["exact"]) if rule.is_sparse(prefix) else 0
+            row.forwards["exact"] += taken[row.index] - sparse
             row.forwards["sparse"] += sparse
             row.sparse_blocks += sparse > 0
             row.keys_kept += sparse * min(prefix, rule.num_pages(prefix) * rule.page)

@@ -30,9 +30,8 @@ class Graphs:
             self._graphs[key] = self._capture(step)
         self._graphs[key].replay()
 
-    def forget(self) -> None:
-        """Free every graph."""
-        self._graphs.clear()
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         saved = [tensor.clone() for tensor in self.state]
