@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -33,6 +32,8 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     device = tensors[0].device
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
+    if device.index != torch.cuda.current_device():
+        return f"the tensors are on {device}, but the current device is cuda:{torch.cuda.current_device()}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
@@ -79,6 +80,11 @@ def tensor_core_limit(*tensors: Tensor) -> str | None:
     return None
 
 
-@cache
+_logged: set[tuple[str, str | None]] = set()
+
+
 def _log_once(op: str, reason: str | None) -> None:
+    if torch.compiler.is_compiling() or (op, reason) in _logged:
+        return
+    _logged.add((op, reason))
     logger.info("%s: %s", op, "triton" if reason is None else f"reference, because {reason}")

@@ -7,7 +7,7 @@ chosen scores at least the best mass left out.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from mage_kernels.key_scores import tile_probability
 from mage_kernels.top_k import top_k
 
 
-class Selected(NamedTuple):
+@dataclass(frozen=True)
+class Selected:
     """One list of keys for every (layer, batch row, KV head)."""
 
     index: Tensor

@@ -1,5 +1,7 @@
 """Quest's page bounds, and the three ways to score a page; one program per some pages of one KV head."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

@@ -7,7 +7,7 @@ whether a choice made from a shortlist is the choice from everything (`key_score
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ MAX_WIDTH = 32768
 """Entries of a row that one program of the Triton kernel holds."""
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True)
+class Chosen:
     """The best entries of every row; shapes are those of the scores without their last dimension, plus k."""
 
     index: Tensor

@@ -8,6 +8,8 @@ A row longer than one program can hold is narrowed first. It is cut into groups;
 by position) hold the k best entries, since each of them has one at least as good as any entry outside.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,62 @@
+"""Kernels run on a GPU where there is one, and in Triton's interpreter otherwise.
+
+The interpreter must be chosen before Triton is first imported, which the rest of the suite does early. So without a GPU
+these files are collected only in a process started with TRITON_INTERPRET=1; `test_in_interpreter.py` starts one.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not IS_INTERPRETED
+collect_ignore_glob = [] if IS_INTERPRETED or HAS_GPU else ["test_[!i]*.py"]
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU every test here needs it; without one the full matrix is skipped."""
+    for item in items:
+        if HERE in item.path.parents:
+            if HAS_GPU:
+                item.add_marker("gpu")
+            elif item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(params=["float32", "float16"] if not HAS_GPU else ["bfloat16", "float16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The interpreter multiplies bf16 wrongly; tensor cores round float32."""
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def floating_point_rules() -> Iterator[None]:
+    """log2(0) = -inf is meant; numpy, which interprets, would warn."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN, or a number out of every range, so that what a kernel leaves unwritten shows."""
+
+    def poisoned(make):
+        def wrapped(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -1,0 +1,142 @@
+"""Exact attention: against float64, at odd lengths, with and without the block's own keys."""
+
+import pytest
+import torch
+
+from mage_kernels.exact_attention import exact_attention
+from mage_kernels.testing import check_error, eager_attention, random_tensor
+from mage_tune.decode.attention import attention_with_log_mass
+
+
+def make(batch, heads, rows, capacity, dim, dtype, device, lengths, own=8):
+    shapes = [(batch, heads, rows, dim), *[(batch, heads, capacity, dim)] * 2, *[(batch, heads, own, dim)] * 2]
+    q, k, v, own_k, own_v = (random_tensor(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes))
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for row, length in enumerate(lengths.tolist()):  # what lies beyond a length must not matter
+        k[row, :, length:] = float("nan")
+        v[row, :, length:] = float("nan")
+    return q, k, v, lengths, {"own_key": own_k, "own_value": own_v}
+
+
+def check_against_float64(q, k, v, lengths, own, tile, scale):
+    got = exact_attention(q, k, v, lengths, scale, **own, tile=tile, impl="triton")
+    for row, length in enumerate(lengths.tolist()):
+        keys, values = k[row, :, :length], v[row, :, :length]
+        if own:
+            keys = torch.cat([keys, own["own_key"][row]], dim=1)
+            values = torch.cat([values, own["own_value"][row]], dim=1)
+        if keys.shape[1] == 0:
+            assert (got.out[row] == 0).all() and (got.log_mass[row] == float("-inf")).all()
+        else:
+            everything = keys.new_ones(1, dtype=torch.bool)
+            out, mass = attention_with_log_mass(q[row].double(), keys.double(), values.double(), everything, scale)
+            check_error(got.out[row], out, eager_attention(q[row], keys, values, scale))
+            torch.testing.assert_close(got.log_mass[row].double(), mass.squeeze(-1), atol=2e-3, rtol=0)
+        logits = q[row].double() @ k[row, :, :length].double().transpose(-1, -2) * scale
+        torch.testing.assert_close(got.prefix_log_mass[row].double(), logits.logsumexp(-1), atol=2e-3, rtol=0)
+        tiles = logits.split(tile, dim=-1) if length else ()
+        for number, part in enumerate(tiles):
+            mine = got.tile_log_mass[row, :, number].double()
+            torch.testing.assert_close(mine, part.logsumexp(-1), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("with_own", [True, False], ids=["own", "prefix-only"])
+@pytest.mark.parametrize(("rows", "dim"), [(40, 64), (24, 24)], ids=["R40-D64", "R24-D24"])
+def test_against_float64(rows, dim, with_own, dtype, device):
+    q, k, v, lengths, own = make(3, 2, rows, 107, dim, dtype, device, [107, 0, 35])
+    check_against_float64(q, k, v, lengths, own if with_own else {}, 16, dim**-0.5)
+
+
+def test_one_key_and_whole_tiles(device):
+    q, k, v, lengths, own = make(3, 1, 16, 64, 32, torch.float16, device, [1, 64, 32], own=5)
+    check_against_float64(q, k, v, lengths, own, 32, 0.2)
+
+
+def test_large_logits_do_not_overflow(device):
+    q, k, v, lengths, own = make(1, 1, 16, 50, 32, torch.float16, device, [50])
+    check_against_float64(q * 30, k, v, lengths, own, 16, 1.0)
+
+
+def test_strided_caches(device):
+    q, k, v, lengths, own = make(2, 2, 16, 40, 32, torch.float16, device, [40, 9])
+    expected = exact_attention(q, k, v, lengths, 0.2, **own, impl="triton")
+    layers = torch.stack([k, v], dim=3).transpose(1, 2)  # (batch, capacity, heads, 2, D)
+    strided = [layers[:, :, :, i].transpose(1, 2) for i in range(2)]
+    buffer = torch.cat([torch.full_like(own["own_key"], 7.0), own["own_key"]], dim=2)
+    got = exact_attention(
+        q, *strided, lengths, 0.2, own_key=buffer[:, :, 8:], own_value=own["own_value"], impl="triton"
+    )
+    assert got.out.equal(expected.out) and got.prefix_log_mass.equal(expected.prefix_log_mass)
+
+
+def test_reference_equals_triton_in_everything_but_rounding(device):
+    q, k, v, lengths, own = make(2, 2, 20, 50, 32, torch.float16, device, [50, 17])
+    mine, theirs = (exact_attention(q, k, v, lengths, 0.2, **own, tile=16, impl=i) for i in ("triton", "reference"))
+    for name in ("out", "log_mass", "prefix_log_mass"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), atol=2e-3, rtol=0)
+
+
+def test_splits_fill_the_machine_and_never_exceed_the_tiles():
+    from mage_kernels.exact_attention.triton import make_plan
+
+    for batch_heads, rows, capacity in [(4, 224, 8192), (2, 192, 131072), (32, 224, 131072), (64, 128, 100), (1, 1, 1)]:
+        plan = make_plan(batch_heads, rows, capacity, 128, None, 132)
+        assert 1 <= plan.num_splits <= -(-capacity // plan.block_n)
+    programs = 64 * make_plan(32, 224, 131072, 128, None, 132).num_splits
+    assert programs / (-(-programs // 132) * 132) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": (1, 2, 8, 16)}, "key has shape"),
+        ({"value": (2, 2, 9, 16)}, "value has shape"),
+        ({"own_key": (2, 2, 4, 16)}, "come together"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    shapes = {"query": (2, 2, 4, 16), "key": (2, 2, 8, 16), "value": (2, 2, 8, 16)} | change
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        exact_attention(**tensors, lengths=torch.ones(2, dtype=torch.int32), scale=1.0)
+
+
+def test_lengths_stay_int32_and_tiles_are_powers_of_two():
+    x = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(ValueError, match="lengths must be contiguous int32"):
+        exact_attention(x, x, x, torch.ones(1, dtype=torch.int64), 1.0)
+    with pytest.raises(ValueError, match="tile 48 is none of"):
+        exact_attention(x, x, x, torch.ones(1, dtype=torch.int32), 1.0, tile=48)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("rows", [96, 128, 192, 224])
+@pytest.mark.parametrize("length", [77, 8192, 32768 + 33, 131072 + 1])
+def test_full_matrix(rows, dim, length, dtype, device):
+    q, k, v, lengths, own = make(2, 2, rows, length + 50, dim, dtype, device, [length, length // 3], own=32)
+    tile = 64 if dim <= 128 else 32
+    got = exact_attention(q, k, v, lengths, dim**-0.5, **own, tile=tile, impl="triton")
+    for row, size in enumerate(lengths.tolist()):
+        keys = torch.cat([k[row, :, :size], own["own_key"][row]], dim=1)
+        values = torch.cat([v[row, :, :size], own["own_value"][row]], dim=1)
+        everything = keys.new_ones(1, dtype=torch.bool)
+        exact, mass = attention_with_log_mass(q[row].double(), keys.double(), values.double(), everything, dim**-0.5)
+        check_error(got.out[row], exact, eager_attention(q[row], keys, values, dim**-0.5))
+        torch.testing.assert_close(got.log_mass[row].double(), mass.squeeze(-1), atol=2e-3, rtol=0)
+        sums = got.tile_log_mass[row, :, : -(-size // tile)].double().logsumexp(1)
+        torch.testing.assert_close(sums, got.prefix_log_mass[row].double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_length(device):
+    q, k, v, lengths, own = make(2, 2, 96, 5000, 128, torch.bfloat16, device, [5000, 5000], own=32)
+    exact_attention(q, k, v, lengths, 0.1, **own)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = exact_attention(q, k, v, lengths, 0.1, **own, tile=64)
+    for sizes in ([5000, 1], [0, 4097], [64, 63]):
+        lengths.copy_(torch.tensor(sizes))
+        graph.replay()
+        expected = exact_attention(q, k, v, lengths, 0.1, **own, tile=64)
+        assert replayed.out.equal(expected.out) and replayed.prefix_log_mass.equal(expected.prefix_log_mass)

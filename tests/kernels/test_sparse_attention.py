@@ -1,0 +1,91 @@
+"""Attention over chosen keys: compacted (small_attention), or read through the list (gather_attention)."""
+
+import pytest
+import torch
+
+from mage_kernels.compact import compact
+from mage_kernels.exact_attention import exact_attention
+from mage_kernels.gather_attention import gather_attention
+from mage_kernels.small_attention import small_attention
+from mage_kernels.testing import check_error, eager_attention, random_tensor
+from mage_tune.decode.attention import attention_with_log_mass
+
+
+def make(rows, capacity, k, own, dim, dtype, device, counts=((0, 1), (37, 12))):
+    """Inputs of both operations for a batch of 2 with 2 heads; slots not meant hold NaN."""
+    q, key, value, own_key, own_value = (
+        random_tensor(2, 2, n, dim, dtype=dtype, device=device, seed=i)
+        for i, n in enumerate((rows, capacity, capacity, own, own))
+    )
+    generator = torch.Generator().manual_seed(9)
+    index = torch.stack([torch.randperm(capacity, generator=generator)[:k] for _ in range(4)]).view(2, 2, k)
+    index = index.sort(-1).values.int().to(device)
+    count = torch.tensor(counts, dtype=torch.int32, device=device)
+    buffers = [torch.full((2, 2, k + own, dim), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+    compact(key, value, index, count, *buffers)
+    for buffer, mine in zip(buffers, (own_key, own_value), strict=True):
+        buffer[:, :, k:] = mine
+    return q, (key, value), index, count, buffers, (own_key, own_value)
+
+
+def check_rows(q, caches, index, count, own, scale, out, log_mass):
+    for row, head in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
+        chosen = index[row, head, : count[row, head]].long()
+        keys, values = (torch.cat([x[row, head, chosen], o[row, head]]) for x, o in zip(caches, own, strict=True))
+        everything = keys.new_ones(1, dtype=torch.bool)
+        exact, mass = attention_with_log_mass(q[row, head].double(), keys.double(), values.double(), everything, scale)
+        check_error(out[row, head], exact, eager_attention(q[row, head], keys, values, scale))
+        torch.testing.assert_close(log_mass[row, head].double(), mass.squeeze(-1), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(40, 64), (24, 24)], ids=["R40-D64", "R24-D24"])
+def test_against_float64(rows, dim, dtype, device):
+    q, caches, index, count, buffers, own = make(rows, 70, 37, 8, dim, dtype, device)
+    check_rows(q, caches, index, count, own, 0.2, *small_attention(q, *buffers, count, 0.2, own=8, impl="triton"))
+    got = gather_attention(q, *caches, index, count, 0.2, own_key=own[0], own_value=own[1], impl="triton")
+    check_rows(q, caches, index, count, own, 0.2, *got)
+
+
+def test_nothing_seen_is_zero(device):
+    q, _, _, count, buffers, _ = make(16, 20, 5, 0, 32, torch.float16, device, counts=((0, 0), (0, 5)))
+    out, log_mass = small_attention(q, *buffers, count, 0.2, own=0, impl="triton")
+    assert (out[0] == 0).all() and (log_mass[0] == float("-inf")).all()
+    assert out.isfinite().all() and log_mass[1, 1].isfinite().all()
+
+
+def test_duplicates_count_twice(device):
+    q, caches, index, count, _, own = make(16, 20, 6, 4, 32, torch.float16, device, counts=((6, 6), (6, 6)))
+    index[..., 1] = index[..., 0]
+    got = gather_attention(q, *caches, index, count, 0.2, own_key=own[0], own_value=own[1], impl="triton")
+    check_rows(q, caches, index, count, own, 0.2, *got)
+
+
+def test_every_key_chosen_is_exact_attention(device):
+    q, caches, _, _, _, own = make(16, 33, 1, 8, 32, torch.float16, device, counts=((1, 1), (1, 1)))
+    index = torch.arange(33, dtype=torch.int32, device=device).repeat(2, 2, 1)
+    count = torch.full((2, 2), 33, dtype=torch.int32, device=device)
+    lengths = torch.full((2,), 33, dtype=torch.int32, device=device)
+    kwargs = {"own_key": own[0], "own_value": own[1], "impl": "triton"}
+    out, log_mass = gather_attention(q, *caches, index, count, 0.2, **kwargs)
+    exact = exact_attention(q, *caches, lengths, 0.2, **kwargs)
+    torch.testing.assert_close(out, exact.out, atol=2e-3, rtol=0)
+    torch.testing.assert_close(log_mass, exact.log_mass, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("own", [-1, 13])
+def test_own_slots_must_exist(own):
+    x = torch.zeros(1, 1, 12, 16)
+    with pytest.raises(ValueError, match=f"own {own} is not between 0 and the 12 slots"):
+        small_attention(x, x, x, torch.ones(1, 1, dtype=torch.int32), 1.0, own=own)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("rows", [96, 128, 192, 224])
+@pytest.mark.parametrize("k", [64, 512, 1024])
+def test_full_matrix(rows, dim, k, dtype, device):
+    counts = ((k, k - 1), (0, k // 2 + 3))
+    q, caches, index, count, buffers, own = make(rows, 5003, k, 32, dim, dtype, device, counts)
+    check_rows(q, caches, index, count, own, 0.1, *small_attention(q, *buffers, count, 0.1, own=32, impl="triton"))
+    got = gather_attention(q, *caches, index, count, 0.1, own_key=own[0], own_value=own[1], impl="triton")
+    check_rows(q, caches, index, count, own, 0.1, *got)
