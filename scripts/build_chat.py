@@ -115,6 +115,7 @@ class Writer:
         probe = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False)
         self.opening, closing = probe.split("\0")
         self.stop_id = tokenizer(closing, add_special_tokens=False).input_ids[0]
+        tokenizer.pad_token_id = self.stop_id  # some tokenizers name none
 
     def questions(self, count: int) -> list[str]:
         """Up to `count` user turns out of nothing."""

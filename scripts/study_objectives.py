@@ -57,8 +57,14 @@ CHAT = Path("data/smollm2-chat/heldout.jsonl")
 STEPS = 80
 """Optimizer steps of every arm: 2.6M tokens of data, at 16 rows of 2048."""
 BUDGETS = (32, 64, 128, 256, 512)
-CONTEXTS = {2048: 24, 4096: 8, 8192: 4}
+MAIN = 2048
+"""Tokens of context of everything but the longer probes."""
+CONTEXTS = {MAIN: 24, 4096: 8, 8192: 4}
 """Context -> windows probed."""
+NEEDLES, PROMPTS = 13, 32
+"""Needles in a haystack; questions, copies and continuations decoded."""
+KEYS = 128
+"""The budget that arms are judged at."""
 TASK_BUDGETS = (32, 128)
 """Budgets of the tasks that are decoded."""
 MOST_HARM = 0.01
@@ -102,6 +108,11 @@ ARMS = (
     Trained("attention, power 0.5", ATTENTION | {f"{A}.power": 0.5}, "keys of little mass count for more"),
     Trained("query + attention", BOTH, "both alignments", (0, 1)),
     Trained("sparse CE", SPARSE | {f"{S}.kl_weight": 0.0}, "training under sparsity with plain cross-entropy", (0, 1)),
+    Trained(
+        "sparse CE alone",
+        SPARSE | {f"{S}.kl_weight": 0.0, "objective.diffusion.weight": 0.0},
+        "without the exact noisy stream: three streams instead of four",
+    ),
     Trained("sparse, KL to base", SPARSE, "distilled from the exact untuned model, KL(teacher || student)"),
     Trained(
         "sparse, reverse KL to base",
@@ -152,8 +163,8 @@ def settings(context: int, windows: int, budgets: Sequence[int], dense_layers: i
         blocks=6,
         budgets=list(budgets),
         dense_layers=dense_layers,
-        needles=13,
-        questions=32,
+        needles=NEEDLES,
+        questions=PROMPTS,
     )
 
 
@@ -193,15 +204,16 @@ def batches(task: Task, size: int) -> Iterator[range]:
 
 
 @torch.no_grad()
-def answer_loss(lm: BlockDiffusionLM, rows: int = 256, batch: int = 16) -> np.ndarray:
+def answer_loss(lm: BlockDiffusionLM, rows: int = 128) -> np.ndarray:
     """(rows,) diffusion loss of answers to short prompts with exact attention, nats; the noise is that of the row."""
     chats = ChatRows(str(CHAT), lm.tokenizer, lm.family, length=512)
     loss = StreamLoss(Objective())
     collate = Collator(lm.family, 0, length_multiple=128, **loss.collator_needs())
     values = []
     for i in range(min(rows, len(chats))):
-        example = collate([Example(*chats[i], row=i)])
-        example = {key: x.to(lm.device) if isinstance(x, torch.Tensor) else x for key, x in example.items()}
+        ids, weight = chats[i]
+        made = collate([Example(row=i, input_ids=ids, loss_weight=weight)])
+        example = {key: x.to(lm.device) if isinstance(x, torch.Tensor) else x for key, x in made.items()}
         with torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=lm.device.type == "cuda"):
             total = loss.sums(lm.model, example)["diffusion"]
         values.append(float(total / example["loss_items"].clamp_min(1e-6)))
@@ -210,13 +222,13 @@ def answer_loss(lm: BlockDiffusionLM, rows: int = 256, batch: int = 16) -> np.nd
 
 def measure(lm: BlockDiffusionLM) -> dict[str, np.ndarray]:
     """Everything measured on one model, by metric and unit."""
-    tokens = load_ids(str(settings(2048, 1, BUDGETS).text), lm.tokenizer, lm.family)
+    tokens = load_ids(str(settings(MAIN, 1, BUDGETS).text), lm.tokenizer, lm.family)
     arms = [Decoding("mage", "mage"), Decoding("oracle", "oracle")]
     values: dict[str, np.ndarray] = {}
     for context, windows in CONTEXTS.items():
         found = probe(lm, tokens, settings(context, windows, BUDGETS), arms)
         values |= {f"{context} {name}": value for name, value in found.items()}
-    values |= decode(lm, tokens, settings(2048, 32, TASK_BUDGETS))
+    values |= decode(lm, tokens, settings(MAIN, PROMPTS, TASK_BUDGETS))
     return values | {"answers": answer_loss(lm)}
 
 
@@ -230,13 +242,17 @@ def row(name: str, seed: int, values: dict[str, np.ndarray], base: dict[str, np.
     def mean(metric: str) -> float:
         return round(float(values[metric].mean()), 4)
 
-    def by_budget(metric: str, context: int = 2048) -> dict[str, float]:
-        return {str(k): mean(f"{context} {metric} {k}") for k in BUDGETS}
+    def by_budget(metric: str) -> dict[str, float]:
+        return {str(k): mean(f"{MAIN} {metric} {k}") for k in BUDGETS}
+
+    def tasks(metric: str) -> dict[str, Any]:
+        arms = ["exact", *(f"mage {k}" for k in TASK_BUDGETS)]
+        return {arm: asdict(estimate(values[f"{metric} {arm}"])) for arm in arms}
 
     measured = {
         "name": name,
         "seed": seed,
-        "ce_exact": mean("2048 ce exact"),
+        "ce_exact": mean(f"{MAIN} ce exact"),
         "ce_mask": by_budget("ce mage"),
         "ce_oracle": by_budget("ce oracle"),
         "recall_text": by_budget("recall mage"),
@@ -247,15 +263,13 @@ def row(name: str, seed: int, values: dict[str, np.ndarray], base: dict[str, np.
             }
             for context in CONTEXTS
         },
-        "needles": {arm: asdict(estimate(values[f"stepped_found {arm}"])) for arm in ("exact", "mage 32", "mage 128")},
-        "copied": {arm: asdict(estimate(values[f"copy_found {arm}"])) for arm in ("exact", "mage 32", "mage 128")},
-        "forwards_per_block": {
-            arm: asdict(estimate(values[f"text_forwards_per_block {arm}"])) for arm in ("exact", "mage 32", "mage 128")
-        },
+        "needles": tasks("stepped_found"),
+        "copied": tasks("copy_found"),
+        "forwards_per_block": tasks("text_forwards_per_block"),
         "answers": mean("answers"),
     }
     if base is not None:
-        guarded = ("2048 ce exact", "2048 recall mage 128", "2048 ce mage 128", "answers")
+        guarded = (f"{MAIN} ce exact", f"{MAIN} recall mage {KEYS}", f"{MAIN} ce mage {KEYS}", "answers")
         measured["against_base"] = {m: asdict(paired_difference(values[m], base[m])) for m in guarded}
     return measured | {"units": {name: [round(float(x), 5) for x in value] for name, value in values.items()}}
 
@@ -267,16 +281,16 @@ def units(found: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def levers_row(lm: BlockDiffusionLM, base_exact: np.ndarray) -> dict[str, Any]:
     """Gap at k = 128 of every lever, and of other numbers of dense layers, to the untuned model's exact loss."""
-    tokens = load_ids(str(settings(2048, 1, [128]).text), lm.tokenizer, lm.family)
+    tokens = load_ids(str(settings(MAIN, 1, [KEYS]).text), lm.tokenizer, lm.family)
     found: dict[str, Any] = {}
     for dense_layers in (2, 1, 0):
         arms = LEVERS if dense_layers == 2 else [LEVERS[0], LEVERS[-1]]
-        values = probe(lm, tokens, settings(2048, CONTEXTS[2048], [128], dense_layers), arms)
+        values = probe(lm, tokens, settings(MAIN, CONTEXTS[MAIN], [KEYS], dense_layers), arms)
         for arm in arms:
             label = arm.label if dense_layers == 2 else f"{arm.label}, {dense_layers} dense layers"
             found[label] = {
-                "gap": asdict(paired_difference(values[f"ce {arm.label} 128"], base_exact)),
-                "recall": asdict(estimate(values[f"recall {arm.label} 128"])),
+                "gap": asdict(paired_difference(values[f"ce {arm.label} {KEYS}"], base_exact)),
+                "recall": asdict(estimate(values[f"recall {arm.label} {KEYS}"])),
             }
     return found
 
@@ -311,8 +325,8 @@ class Results:
 
 def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
     """Mean gap over the seeds of an arm at 2K and k = 128; None when it was not run or harms exact attention."""
-    gaps = [arm["gap"]["2048"]["128"]["mean"] for arm in seeds]
-    harm = [arm["against_base"]["2048 ce exact"]["mean"] for arm in seeds]
+    gaps = [arm["gap"][str(MAIN)][str(KEYS)]["mean"] for arm in seeds]
+    harm = [arm["against_base"][f"{MAIN} ce exact"]["mean"] for arm in seeds]
     return float(np.mean(gaps)) if gaps and np.mean(harm) <= MOST_HARM else None
 
 
@@ -356,22 +370,22 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
             found = row(arm.name, seed, measure(lm), base)
             found |= {"changes": arm.changes, "why": arm.why, "minutes": round(minutes, 2)}
             if arm.name == "recipe":
-                found["levers"] = levers_row(lm, base["2048 ce exact"])
+                found["levers"] = levers_row(lm, base[f"{MAIN} ce exact"])
             results.arms.append(found)
             results.save()
             took = time.perf_counter() - started
             console.print(f"{arm.name}, seed {seed}: {summary(found)}; {took:.0f} s", highlight=False)
     if "levers" not in results.content["base"]:
-        results.content["base"]["levers"] = levers_row(load(model), base["2048 ce exact"])
+        results.content["base"]["levers"] = levers_row(load(model), base[f"{MAIN} ce exact"])
         results.save()
 
 
 def summary(found: dict[str, Any]) -> str:
     """An arm in a line."""
-    gap, harm = found["gap"]["2048"]["128"], found["against_base"]["2048 ce exact"]
+    gap, harm = found["gap"][str(MAIN)][str(KEYS)], found["against_base"][f"{MAIN} ce exact"]
     return (
-        f"gap@128 {gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}], "
-        f"recall@128 {found['recall_text']['128']:.3f}, "
+        f"gap@{KEYS} {gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}], "
+        f"recall@{KEYS} {found['recall_text'][str(KEYS)]:.3f}, "
         f"exact CE {harm['mean']:+.3f} [{harm['low']:+.3f}, {harm['high']:+.3f}]"
     )
 
@@ -400,8 +414,9 @@ def markdown(content: dict[str, Any]) -> str:
     """The tables of docs/objectives.md."""
     base = content["base"]
     lines = [
-        "| arm | seeds | gap@128 | gap@32 | gap@512 | gap@128, 8K | recall@128 | exact CE | answers CE | found@32 "
-        "| copied@32 | forwards@128 | minutes |",
+        f"| arm | seeds | gap@{KEYS} | gap@{BUDGETS[0]} | gap@{BUDGETS[-1]} | gap@{KEYS}, {max(CONTEXTS)} tokens "
+        f"| recall@{KEYS} | exact CE | answers CE | found@{TASK_BUDGETS[0]} | copied@{TASK_BUDGETS[0]} "
+        f"| forwards@{TASK_BUDGETS[-1]} | minutes |",
         "|---|" + "---:|" * 12,
     ]
     names = list(dict.fromkeys(arm["name"] for arm in content["arms"]))
@@ -417,20 +432,21 @@ def cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
     def mean(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
         return f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
 
-    def gap(context: str, budget: str) -> str:
-        return mean([arm["gap"][context][budget]["mean"] for arm in seeds])
+    def gap(context: int, budget: int) -> str:
+        return mean([arm["gap"][str(context)][str(budget)]["mean"] for arm in seeds])
 
-    harm = [arm["against_base"]["2048 ce exact"]["mean"] for arm in seeds if "against_base" in arm]
+    harm = [arm["against_base"][f"{MAIN} ce exact"]["mean"] for arm in seeds if "against_base" in arm]
     answers = [arm["against_base"]["answers"]["mean"] for arm in seeds if "against_base" in arm]
     return [
         str(len(seeds)),
-        *(gap(*key) for key in (("2048", "128"), ("2048", "32"), ("2048", "512"), ("8192", "128"))),
-        mean([arm["recall_text"]["128"] for arm in seeds]),
+        *(gap(MAIN, budget) for budget in (KEYS, BUDGETS[0], BUDGETS[-1])),
+        gap(max(CONTEXTS), KEYS),
+        mean([arm["recall_text"][str(KEYS)] for arm in seeds]),
         mean(harm, sign=True) if harm else "",
         mean(answers, sign=True) if answers else "",
-        mean([arm["needles"]["mage 32"]["mean"] for arm in seeds], 2),
-        mean([arm["copied"]["mage 32"]["mean"] for arm in seeds], 2),
-        mean([arm["forwards_per_block"]["mage 128"]["mean"] for arm in seeds], 1),
+        mean([arm["needles"][f"mage {TASK_BUDGETS[0]}"]["mean"] for arm in seeds], 2),
+        mean([arm["copied"][f"mage {TASK_BUDGETS[0]}"]["mean"] for arm in seeds], 2),
+        mean([arm["forwards_per_block"][f"mage {TASK_BUDGETS[-1]}"]["mean"] for arm in seeds], 1),
         mean([arm["minutes"] for arm in seeds], 1) if "minutes" in seeds[0] else "",
     ]
 
@@ -441,7 +457,7 @@ def levers_table(content: dict[str, Any]) -> str:
     models = {name: found for name, found in models.items() if "levers" in found}
     if not models:
         return ""
-    lines = [f"| lever, k = 128 | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
+    lines = [f"| lever, k = {KEYS} | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
     for lever in next(iter(models.values()))["levers"]:
         gaps = [found["levers"][lever]["gap"] for found in models.values()]
         shown = [f"{gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}]" for gap in gaps]

@@ -1,0 +1,133 @@
+"""scripts/study_objectives.py on a tiny model: arms are valid recipes, its file resumes, joins and becomes tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mage_tune.recipe import load_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import study_objectives as script
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """\
+name: tiny
+model: {path: base}
+data:
+  length: 256
+  sources: [{kind: text, path: train.npy}]
+adapter: {rank: 2, alpha: 4}
+objective:
+  diffusion: {weight: 1.0}
+  query_alignment: {weight: 1.0, skip_layers: 1}
+train: {steps: 3, learning_rate: 1e-3, warmup_steps: 1}
+eval: {text: heldout.npy}
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, tiny_backbone, converted_checkpoint):
+    """A folder with a tiny model, data and recipe; the study's sizes cut down."""
+    monkeypatch.chdir(tmp_path)
+    backbone = tiny_backbone(block_size=8, vocab_size=272, max_positions=1536)
+    converted_checkpoint(backbone).rename(tmp_path / "base")
+    for name, times in (("train", 300), ("heldout", 200)):
+        ids = backbone.tokenizer(f"This is the {name} text. It goes on.\n" * times)["input_ids"]
+        np.save(f"{name}.npy", np.asarray(ids, dtype=np.uint16))
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes, and more words."}]
+    Path("chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    Path("recipe.yaml").write_text(RECIPE)
+    sizes = {
+        "RECIPE": Path("recipe.yaml"),
+        "CHAT": Path("chat.jsonl"),
+        "STEPS": 2,
+        "BUDGETS": (8, 16),
+        "MAIN": 768,
+        "CONTEXTS": {768: 2, 1024: 1},
+        "KEYS": 16,
+        "TASK_BUDGETS": (8,),
+        "NEEDLES": 6,
+        "PROMPTS": 2,
+    }
+    for name, value in sizes.items():
+        monkeypatch.setattr(script, name, value)
+    arms = [arm for arm in script.ARMS if arm.name in ("diffusion", "query", "recipe")]
+    monkeypatch.setattr(script, "ARMS", tuple(script.Trained(a.name, a.changes, a.why) for a in arms))
+    monkeypatch.setattr(script, "LEVERS", (script.LEVERS[0], script.LEVERS[1], script.LEVERS[-1]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("arm", script.ARMS, ids=[arm.name for arm in script.ARMS])
+def test_every_arm_is_a_valid_recipe_of_equal_tokens(arm):
+    plain = load_recipe(ROOT / script.RECIPE)
+    recipe = load_recipe(ROOT / script.RECIPE, arm.overrides(3))
+    assert recipe.seed == 3
+    assert recipe.train.rows * recipe.train.accumulation == plain.train.rows * plain.train.accumulation
+    assert recipe.train.steps == (plain.train.steps if arm.name == "recipe" else script.STEPS)
+    assert recipe.data == plain.data
+
+
+def test_arms_differ():
+    assert len({json.dumps(arm.changes, sort_keys=True) for arm in script.ARMS}) == len(script.ARMS)
+    assert len({arm.name for arm in script.ARMS}) == len(script.ARMS)
+
+
+@pytest.mark.slow
+def test_a_study_is_run_resumed_joined_and_shown(study, capsys, monkeypatch):
+    assert script.main(["--only", "diffusion", "--out", "a.json"]) == 0
+    first = json.loads(Path("a.json").read_text())
+    assert [arm["name"] for arm in first["arms"]] == ["diffusion"]
+    base, (arm,) = first["base"], first["arms"]
+    assert set(arm["ce_mask"]) == {"8", "16"} and set(arm["gap"]) == {"768", "1024"}
+    assert arm["gap"]["768"]["16"]["mean"] == pytest.approx(arm["ce_mask"]["16"] - base["ce_exact"], abs=2e-4)
+    assert arm["against_base"]["768 ce exact"]["mean"] == pytest.approx(arm["ce_exact"] - base["ce_exact"], abs=2e-4)
+    assert len(arm["units"]["768 ce exact"]) == 2 and len(arm["units"]["answers"]) == 3
+    assert set(base["levers"]) == {
+        "mage", "draft refresh", "oracle",
+        *(f"{rule}, {n} dense layers" for rule in ("mage", "oracle") for n in (0, 1)),
+    }  # fmt: skip
+    assert base["levers"]["mage"]["gap"]["mean"] == pytest.approx(base["gap"]["768"]["16"]["mean"], abs=1e-5)
+    assert base["levers"]["oracle"]["recall"]["mean"] == 1.0
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("a finished arm was trained again"))
+    assert script.main(["--only", "diffusion", "--out", "a.json"]) == 0
+    assert json.loads(Path("a.json").read_text())["arms"] == first["arms"]
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_files_of_two_machines_become_one(study, capsys):
+    assert script.main(["--only", "query", "recipe", "--shard", "0/2", "--out", "a.json"]) == 0
+    assert script.main(["--only", "query", "recipe", "--shard", "1/2", "--out", "b.json"]) == 0
+    assert script.main(["--join", "a.json", "b.json", "--out", "all.json"]) == 0
+    joined = json.loads(Path("all.json").read_text())
+    assert [arm["name"] for arm in joined["arms"]] == ["query", "recipe"]
+    assert "levers" in joined["arms"][1] and joined["arms"][1]["minutes"] >= 0
+    assert script.main(["--table", "--out", "all.json"]) == 0
+    table = capsys.readouterr().out
+    assert "| base | 1 |" in table and "| recipe | 1 |" in table and "| draft refresh |" in table
+    other = json.loads(Path("b.json").read_text())
+    other["base"]["ce_exact"] += 1
+    Path("b.json").write_text(json.dumps(other))
+    assert script.main(["--join", "a.json", "b.json", "--out", "other.json"]) == 2
+    assert "another base" in capsys.readouterr().err
+
+
+def test_an_unknown_arm_is_one_line(capsys):
+    assert script.main(["--only", "magic"]) == 2
+    assert "no arm 'magic'" in capsys.readouterr().err
+
+
+def test_the_winner_must_not_harm_exact_attention():
+    def arm(name: str, gap: float, harm: float) -> dict:
+        against = {f"{script.MAIN} ce exact": {"mean": harm}}
+        return {"name": name, "seed": 0, "gap": {str(script.MAIN): {str(script.KEYS): {"mean": gap}}}} | {
+            "against_base": against
+        }
+
+    assert script.gap_of([arm("a", 0.1, 0.02)]) is None
+    assert script.gap_of([arm("a", 0.1, 0.005), arm("a", 0.3, -0.2)]) == pytest.approx(0.2)
+    assert script.gap_of([]) is None
