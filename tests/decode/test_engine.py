@@ -6,7 +6,7 @@ import torch
 from mage_tune.bench.checks import check_engine
 from mage_tune.decode.attention import block_forward, extend
 from mage_tune.decode.cache import PrefixCache
-from mage_tune.decode.engine.blocks import Blocks, most_steps, rank_of
+from mage_tune.decode.engine.blocks import Blocks, most_steps
 from mage_tune.decode.engine.engine import Engine
 from mage_tune.decode.engine.generate import engine_settings, generate
 from mage_tune.decode.engine.weights import SHAPES, random_weights, weights_of
@@ -182,32 +182,27 @@ def test_a_prompt_that_does_not_fit(engine_lm):
 # --- blocks ---
 
 
-def test_rank_breaks_ties_by_position():
-    score = torch.tensor([[0.5, 0.9, 0.5, -torch.inf, 0.9]])
-    assert rank_of(score).tolist() == [[2, 0, 3, 4, 1]]
-
-
 def test_steps_known_beforehand(engine_lm):
     family = engine_lm("sdar").family
     for steps, masked, expected in ((8, range(8), 8), (3, range(8), 3), (3, range(1, 8), 3), (1, range(8), 1)):
         settings = engine_settings(family, Exact(), steps=steps, acceptance="static")
         assert most_steps(settings, list(masked)) == expected
-        blocks = Blocks(settings, 1, torch.device("cpu"))
+        blocks = Blocks(settings, 1, torch.device("cpu"), "reference")
         ids = torch.full((1, 8), 9)
         ids[0, list(masked)] = family.mask_id
         blocks.lay_out(ids)
         for step in range(expected):
-            assert not blocks.read_done() or step == 0
-            blocks.accept(torch.full((1, 8), 5), torch.rand(1, 8))
-        assert blocks.read_done()
+            assert step == 0 or not blocks.are_done()
+            blocks.accept(torch.full((8,), 5), torch.rand(8))
+        assert blocks.are_done()
 
 
 def test_a_step_without_masks_changes_nothing(engine_lm):
     settings = engine_settings(engine_lm("sdar").family, Exact())
-    blocks = Blocks(settings, 2, torch.device("cpu"))
+    blocks = Blocks(settings, 2, torch.device("cpu"), "reference")
     ids = torch.arange(16).view(2, 8)
     blocks.lay_out(ids)
-    blocks.accept(torch.full((2, 8), 5), torch.ones(2, 8))
+    blocks.accept(torch.full((16,), 5), torch.ones(16))
     assert torch.equal(blocks.ids, ids)
 
 

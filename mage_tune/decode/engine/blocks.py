@@ -1,8 +1,7 @@
 """The blocks in work, on the device, and how a step fills them: everything a CUDA graph reads and writes.
 
-The rules are those of `decode.sampler` at temperature 0 (threshold and static acceptance, sub-blocks, quotas), written
-without a single value that the host has to see: which sub-block is in work, how many tokens its step asks for and which
-draws are the surest are all tensors.
+The rules are those of `decode.sampler` at temperature 0: threshold and static acceptance, sub-blocks, quotas. Which
+sub-block is in work, how many tokens its step asks for and which draws are the surest are all tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mage_kernels.fill_block import fill_block
 from mage_tune.decode.settings import Settings
 
 
@@ -55,75 +55,57 @@ def most_steps(settings: Settings, masked: Sequence[int]) -> int:
 class Blocks:
     """One block per row of the batch, denoised in place."""
 
-    def __init__(self, settings: Settings, batch: int, device: torch.device) -> None:
+    def __init__(self, settings: Settings, batch: int, device: torch.device, impl: str) -> None:
         assert settings.family.mask_id is not None
-        size = settings.family.block_size
-        self.acceptance, self.window, self.mask_id = settings.acceptance, settings.window, settings.family.mask_id
-        self.ids = torch.full((batch, size), self.mask_id, device=device)
+        self.settings, self.impl, self.mask_id = settings, impl, settings.family.mask_id
+        self.ids = torch.full((batch, settings.family.block_size), self.mask_id, device=device)
         """(batch, B) int64, the mask token where undecided."""
-        self.window_start = torch.full((batch, 1), -1, device=device)
-        self.window_step = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.taken = torch.zeros(batch, dtype=torch.int64, device=device)
-        """Steps that each row has taken part in: those before which it had a mask token."""
-        self.is_done = torch.zeros(1, dtype=torch.bool, device=device)
-        """Whether no row has a mask token left."""
-        self.is_sane = torch.ones(1, dtype=torch.bool, device=device)
-        """False once a confidence was NaN."""
-        self.quotas = torch.tensor([settings.quota(step) for step in range(self.window)], device=device)
-        self.places = torch.arange(size, device=device)
-
-    def lay_out(self, ids: Tensor) -> None:
-        """Open a block in every row: ids (batch, B) int64, what is decided already and masks."""
-        self.ids.copy_(ids)
-        self.window_start.fill_(-1)
-        self.window_step.zero_()
-        self.taken.zero_()
-
-    def accept(self, tokens: Tensor, confidence: Tensor) -> None:
-        """Fill in what this step decides.
-
-        Args:
-            tokens: (batch, B) int64 draws for every place, masked or not.
-            confidence: (batch, B) float32, their probabilities.
-        """
-        window = self.window
-        is_masked = self.ids == self.mask_id
-        begin = is_masked.int().argmax(-1, keepdim=True) // window * window  # the first sub-block that has any
-        step = torch.where(begin == self.window_start, self.window_step, 0)
-        quota = self.quotas[step.clamp(max=len(self.quotas) - 1)]
-        is_open = is_masked & (self.places >= begin) & (self.places < begin + window)
-        sure = confidence.masked_fill(~is_open, float("-inf"))
-        accepted = is_open & (rank_of(sure) < quota)
-        if self.acceptance.name == "threshold":
-            accepted |= is_open & (sure > self.acceptance.threshold)
-        self.ids.copy_(torch.where(accepted, tokens, self.ids))
-        self.window_start.copy_(begin)
-        self.window_step.copy_(step + 1)
-        self.taken.add_(is_masked.any(-1))
-        self.is_done.copy_((self.ids != self.mask_id).all().view(1))
-        self.is_sane.logical_and_(~confidence.isnan().any())
+        self.progress = torch.zeros(batch, 3, dtype=torch.int64, device=device)
+        """Sub-block in work and its steps so far; steps the block has taken with a mask token in it."""
+        self.left = torch.zeros(batch, dtype=torch.int64, device=device)
+        """Mask tokens left in each row; -1 once a confidence was NaN."""
+        self.quotas = torch.tensor([settings.quota(step) for step in range(settings.window)], device=device)
 
     @property
     def state(self) -> list[Tensor]:
         """What a step changes."""
-        return [self.ids, self.window_start, self.window_step, self.taken, self.is_done, self.is_sane]
+        return [self.ids, self.progress, self.left]
 
-    def read_done(self) -> bool:
-        """Wait for the steps queued so far; whether the blocks are finished."""
-        return bool(self.is_done)
+    def lay_out(self, ids: Tensor) -> None:
+        """Open a block in every row: ids (batch, B) int64, what is decided already and masks."""
+        self.ids.copy_(ids)
+        self.progress.zero_()
+        self.progress[:, 0] = -1
 
-    def check(self) -> None:
-        """Complain about NaN.
+    def accept(self, token: Tensor, confidence: Tensor) -> None:
+        """Fill in what this step decides.
+
+        Args:
+            token: (batch * B,) int64 draws, as the logits come: with a token shift each one for the place after it.
+            confidence: (batch * B,) float32, their probabilities.
+        """
+        acceptance = self.settings.acceptance
+        fill_block(
+            self.ids,
+            token.view(self.ids.shape),
+            confidence.view(self.ids.shape),
+            self.progress,
+            self.left,
+            self.quotas,
+            mask_id=self.mask_id,
+            window=self.settings.window,
+            shift=int(self.settings.family.token_shift),
+            threshold=acceptance.threshold if acceptance.name == "threshold" else None,
+            impl=self.impl,
+        )
+
+    def are_done(self) -> bool:
+        """Wait for the steps queued so far; whether no row has a mask token left.
 
         Raises:
             ValueError: a logit was NaN or infinite.
         """
-        if not bool(self.is_sane):
+        left = self.left.tolist()
+        if min(left) < 0:
             raise ValueError("the model's logits are NaN or infinite: check the weights, the adapter and the dtype")
-
-
-def rank_of(score: Tensor) -> Tensor:
-    """(batch, n) -> (batch, n) int64: how many entries of the row are better; equal ones go by position."""
-    earlier = torch.ones(score.shape[-1], score.shape[-1], dtype=torch.bool, device=score.device).tril(-1)
-    mine, other = score[:, :, None], score[:, None, :]
-    return ((other > mine) | ((other == mine) & earlier)).sum(-1)
+        return max(left) == 0

@@ -85,7 +85,7 @@ class Engine:
         self.block_size, self.rule = settings.family.block_size, settings.rule
         self.cache = Cache(weights, batch, capacity) if cache is None else cache
         self.body = Body(weights, self.impl)
-        self.blocks = Blocks(settings, batch, weights.device)
+        self.blocks = Blocks(settings, batch, weights.device, self.impl)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         """Greedy next token after the block committed last."""
         self.advance = torch.full_like(self.cache.lengths, self.block_size)
@@ -102,6 +102,7 @@ class Engine:
         state = [*self.blocks.state, self.seed, self.cache.lengths]
         self.graphs = Graphs(is_cuda if use_graphs is None else use_graphs, state)
         self._planned: dict[Step, Hashable] = {}
+        self._planned_for: list[int] | None = None
 
     def _add_rule(self, quest_form: str) -> None:
         rule, frame = self.rule, self.frame
@@ -135,7 +136,7 @@ class Engine:
                 is_selected = True
             self.run(kind)
             counts["sparse" if kind == "sparse" else "exact"] += 1
-            if self.settings.acceptance.name == "threshold" and self.blocks.read_done():
+            if self.settings.acceptance.name == "threshold" and self.blocks.are_done():
                 break
         return counts
 
@@ -161,7 +162,16 @@ class Engine:
         self.advance.copy_(torch.tensor(self.is_active, dtype=torch.int32) * self.block_size)
 
     def plan(self) -> None:
-        """Tell the exact kernel and the rule how long the prefixes are, as far as they must know on the host."""
+        """Tell the exact kernel and the rule how long the prefixes are, as far as they must know on the host.
+
+        Raises:
+            ValueError: no room for another block, or prefixes that the kernel or the rule cannot serve.
+        """
+        if self._planned_for == self.cache.held:
+            return
+        if max(self.cache.held) + self.block_size > self.cache.capacity:
+            raise ValueError(f"no room for another block in a cache of {self.cache.capacity} tokens")
+        self._planned_for = list(self.cache.held)
         exact = self.kernel.plan([n + self.block_size for n in self.cache.held])
         kept = self.chooser.plan(self.cache.held) if self.chooser is not None else None
         has_dense = self.rule.dense_layers > 0 or isinstance(self.rule, Tidal)
@@ -186,7 +196,7 @@ class Engine:
             self._commit()
         else:
             hidden = self.body.forward(self.blocks.ids, self._attend[kind])
-            self.blocks.accept(*self._draw(hidden))
+            self.blocks.accept(*self._greedy(hidden))
 
     @torch.no_grad()
     def look(self, kind: Step) -> Tensor:
@@ -202,14 +212,6 @@ class Engine:
         if self.settings.family.seed_token:
             last = hidden.unflatten(0, (-1, self.block_size))[:, -1]
             self.seed.copy_(self._greedy(last)[0])
-
-    def _draw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch * B, hidden) -> tokens and confidences (batch, B) for the places they predict."""
-        shape = self.blocks.ids.shape
-        token, probability = (x.view(shape) for x in self._greedy(hidden))
-        if self.settings.family.token_shift:  # the first place of a block is never masked
-            return token.roll(1, dims=1), probability.roll(1, dims=1)
-        return token, probability
 
     def _greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(n, hidden) -> most probable token (n,) int64 and its probability (n,) float32."""

@@ -158,8 +158,8 @@ class EngineWriter:
 
     def _settle(self, going: list[Row], counts: dict[str, int]) -> None:
         """Read the finished blocks back."""
-        blocks, taken = self.engine.blocks.ids.tolist(), self.engine.blocks.taken.tolist()
-        self.engine.blocks.check()
+        assert self.engine.blocks.are_done()
+        blocks, taken = self.engine.blocks.ids.tolist(), self.engine.blocks.progress[:, 2].tolist()
         for row in going:
             row.block = blocks[row.index]
             row.settle(self.settings)
