@@ -28,7 +28,8 @@ class Attended(NamedTuple):
     prefix_log_mass: Tensor
     """(batch, KV heads, R): over the prefix alone; -inf where there is none. Scores normalise by it."""
     tile_log_mass: Tensor | None
-    """(batch, KV heads, ceil(capacity / tile), R): of each tile of the prefix; arbitrary beyond ceil(length / tile)."""
+    """(batch, KV heads, ceil(capacity / tile), R): of each tile of the prefix; -inf also where a tile's mass
+    underflows beside that of the tiles before it; arbitrary beyond ceil(length / tile)."""
 
 
 def exact_attention(

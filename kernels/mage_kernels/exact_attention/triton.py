@@ -1,8 +1,9 @@
 """Exact attention: flash attention of packed rows over parts of the prefix, then one kernel that merges the parts.
 
-A program owns BLOCK_M rows and one part of the prefix; the parts are the same number for every length and cut on the
-device, so a captured graph stays right. The merging kernel adds the block's own keys, which are few, by itself: so the
-log-sum-exp over the prefix alone falls out, and no program waits for a key that another one has.
+A program of the first kernel owns BLOCK_M rows and one part of the prefix's whole tiles; the number of parts is the
+same for every length and they are cut on the device, so a captured graph stays right. The merging kernel adds what
+needs masks by itself, since it is little: the keys after the last whole tile, and the block's own. So the first kernel
+is one loop without conditions, and the log-sum-exp over the prefix alone falls out on the way.
 Logits live in base 2 inside (exp2 is what the hardware has); results are natural logarithms.
 """
 
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mage_kernels.exact_attention import hopper
 from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile
 
 
@@ -49,14 +51,13 @@ def split_kernel(
     num_splits,
     TILE_MASS: tl.constexpr,
 ):
-    """Rows BLOCK_M of one KV head against one part of its prefix."""
+    """BLOCK_M rows of one KV head against one part of its prefix's whole tiles."""
     i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    length = tl.load(lengths + i_b)
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
-    start = tl.minimum(i_split * per_split, length)
-    end = tl.minimum(start + per_split, length)
-    full_end = start + (end - start) // BLOCK_N * BLOCK_N
+    tiles = tl.load(lengths + i_b) // BLOCK_N
+    per_split = tl.cdiv(tiles, num_splits)
+    start = tl.minimum(i_split * per_split, tiles)
+    end = tl.minimum(start + per_split, tiles)
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
@@ -69,14 +70,14 @@ def split_kernel(
         return
 
     p_q = query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :]
-    p_k = key + i_b * k_batch + i_h * k_head + (start + o_n).to(tl.int64)[:, None] * k_row + o_d[None, :]
-    p_v = value + i_b * v_batch + i_h * v_head + (start + o_n).to(tl.int64)[:, None] * v_row + o_d[None, :]
+    p_k = key + i_b * k_batch + i_h * k_head + (start * BLOCK_N + o_n).to(tl.int64)[:, None] * k_row + o_d[None, :]
+    p_v = value + i_b * v_batch + i_h * v_head + (start * BLOCK_N + o_n).to(tl.int64)[:, None] * v_row + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_tile = tile_mass + (i_bh * num_tiles + start // BLOCK_N) * num_rows + o_m
-    for _ in range(start, full_end, BLOCK_N):
+    p_tile = tile_mass + (i_bh * num_tiles + start) * num_rows + o_m
+    for _ in range(start, end):
         if BLOCK_D == D:
             b_k = tl.load(p_k)
             b_v = tl.load(p_v)
@@ -89,14 +90,6 @@ def split_kernel(
             p_tile += num_rows
         p_k += BLOCK_N * k_row
         p_v += BLOCK_N * v_row
-    if full_end < end:  # the last tile of the prefix, not full
-        m_n = full_end + o_n < end
-        b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
-        if TILE_MASS:
-            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
-
     tl.store(p_mass, b_max + tl.log2(b_sum), mask=m_m)
     p_out = part_out + ((i_bh * num_splits + i_split) * num_rows + o_m[:, None]) * D + o_d[None, :]
     tl.store(p_out, b_acc / b_sum[:, None], mask=m_m[:, None] & m_d[None, :])
@@ -105,15 +98,20 @@ def split_kernel(
 @triton.jit
 def merge_kernel(
     query,
+    key,
+    value,
+    lengths,
     own_key,
     own_value,
     part_out,
     part_mass,
+    tile_mass,
     out,  # [batch * heads, R, D]
     log_mass,  # [batch * heads, R]
     prefix_log_mass,  # [batch * heads, R]
     qk_scale,
     num_rows,
+    num_tiles,
     q_batch,
     q_head,
     q_row,
@@ -123,15 +121,23 @@ def merge_kernel(
     v_batch,
     v_head,
     v_row,
+    ok_batch,
+    ok_head,
+    ok_row,
+    ov_batch,
+    ov_head,
+    ov_row,
     num_heads,
+    num_splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
-    num_splits,
+    TILE_MASS: tl.constexpr,
 ):
-    """BLOCK_M rows of one KV head: all parts of the prefix, and the block's own keys."""
+    """BLOCK_M rows of one KV head: the parts of the prefix, its keys after the last whole tile, the block's own."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -155,14 +161,27 @@ def merge_kernel(
         b_max = b_new
         p_mass += num_rows
         p_part += num_rows * D
+    b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
+    length = tl.load(lengths + i_b)
+    tail = length // BLOCK_N * BLOCK_N
+    if tail < length:
+        o_n = tail + tl.arange(0, BLOCK_N)
+        m_n = o_n < length
+        m_nd = m_n[:, None] & (o_d < D)[None, :]
+        p_k = key + i_b * k_batch + i_h * k_head + o_n.to(tl.int64)[:, None] * k_row + o_d[None, :]
+        p_v = value + i_b * v_batch + i_h * v_head + o_n.to(tl.int64)[:, None] * v_row + o_d[None, :]
+        b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
+        b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
+        if TILE_MASS:
+            p_tile = tile_mass + (i_bh * num_tiles + tail // BLOCK_N) * num_rows + o_m
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
     p_row = i_bh * num_rows + o_m
     tl.store(prefix_log_mass + p_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
     if OWN > 0:
         o_n = tl.arange(0, BLOCK_OWN)
         m_nd = (o_n < OWN)[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
-        p_k = own_key + i_b * k_batch + i_h * k_head + o_n[:, None] * k_row + o_d[None, :]
-        p_v = own_value + i_b * v_batch + i_h * v_head + o_n[:, None] * v_row + o_d[None, :]
+        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_n[:, None] * ok_row + o_d[None, :]
+        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_n[:, None] * ov_row + o_d[None, :]
         b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
         b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, o_n < OWN, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
@@ -179,21 +198,35 @@ class Plan(NamedTuple):
     num_splits: int
     num_warps: int
     num_stages: int
+    is_hopper: bool = False
+    """Whether the warp-specialised kernel of `hopper.py` does it."""
 
 
-def make_plan(batch_heads: int, num_rows: int, capacity: int, head_dim: int, tile: int | None, slots: int) -> Plan:
-    """Tiles by shape, and the number of parts that fills `slots` programs at a time best, in one wave if it can."""
-    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
-    block_n = tile or 64
-    columns = batch_heads * triton.cdiv(num_rows, block_m)
-    most = max(1, min(triton.cdiv(capacity, block_n), 128))
+def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
+    """The plan for these tensors on their device; `tile`, if not 0, decides the tiles of keys."""
+    batch, heads, num_rows, head_dim = query.shape
+    is_hopper = hopper.why_not(query, key, value, tile) is None
+    if is_hopper:
+        block_m, num_warps, num_stages = hopper.rows_per_program(num_rows), 4, 2
+        block_n = tile or (64 if block_m == 192 else 128)
+        num_stages = 2 if block_n == 128 else 3
+    else:
+        block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+        block_n, num_warps, num_stages = tile or 64, 8 if block_m >= 128 else 4, 3 if head_dim <= 128 else 2
+    columns = batch * heads * triton.cdiv(num_rows, block_m)
+    num_splits = choose_splits(columns, max(1, key.shape[-2] // block_n), num_slots(query))
+    return Plan(block_m, block_n, num_splits, num_warps, num_stages, is_hopper)
+
+
+def choose_splits(columns: int, tiles: int, slots: int, most: int = 128) -> int:
+    """Parts of the prefix: as few as fill the last wave of `slots` programs well; never more than there are tiles."""
     best, best_fill = 1, 0.0
-    for splits in range(1, most + 1):
+    for splits in range(1, max(1, min(tiles, most)) + 1):
         programs = columns * splits
         fill = programs / (triton.cdiv(programs, slots) * slots)
-        if fill > best_fill + 0.04:  # more parts cost a little: they must fill noticeably better
+        if fill > best_fill + 0.04:  # more parts are more to merge: they must fill noticeably better
             best, best_fill = splits, fill
-    return Plan(block_m, block_n, best, 8 if block_m >= 128 else 4, 3)
+    return best
 
 
 def exact_attention(
@@ -207,10 +240,8 @@ def exact_attention(
     tile: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `mage_kernels.exact_attention.exact_attention`."""
-    out, log_mass, prefix_log_mass, tile_log_mass = _op(
-        query, key, value, lengths, scale, own_key, own_value, tile or 0
-    )
-    return out, log_mass, prefix_log_mass, tile_log_mass if tile else None
+    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, tile or 0)
+    return *seen, tile_log_mass if tile else None
 
 
 @torch.library.custom_op("mage_kernels::exact_attention", mutates_args=())
@@ -224,9 +255,7 @@ def _op(
     own_value: Tensor | None,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, num_rows, _ = query.shape
-    plan = make_plan(batch * heads, num_rows, key.shape[-2], query.shape[-1], tile or None, num_slots(query))
-    return launch(plan, query, key, value, lengths, scale, own_key, own_value, tile)
+    return launch(make_plan(query, key, value, tile), query, key, value, lengths, scale, own_key, own_value, tile)
 
 
 @_op.register_fake
@@ -282,53 +311,59 @@ def launch(
     part_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
     part_mass = torch.empty(parts, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    split_kernel[(triton.cdiv(num_rows, plan.block_m), plan.num_splits, batch * heads)](
+    inputs = (query, key, value, lengths, part_out, part_mass, tile_mass, scale * LOG2_E.value)
+    if plan.is_hopper:
+        hopper.split_pass(*inputs, plan.block_m, plan.block_n, plan.num_splits, plan.num_stages, tile > 0)
+    else:
+        split_kernel[(triton.cdiv(num_rows, plan.block_m), plan.num_splits, batch * heads)](
+            *inputs,
+            num_rows,
+            tile_mass.shape[2],
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            num_heads=heads,
+            num_splits=plan.num_splits,
+            D=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=plan.block_m,
+            BLOCK_N=plan.block_n,
+            TILE_MASS=tile > 0,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+    own = 0 if own_key is None else own_key.shape[-2]
+    own_key, own_value = (query, query) if own_key is None or own_value is None else (own_key, own_value)
+    merge_kernel[(triton.cdiv(num_rows, 16), batch * heads)](
         query,
         key,
         value,
         lengths,
+        own_key,
+        own_value,
         part_out,
         part_mass,
         tile_mass,
+        out,
+        log_mass,
+        prefix_log_mass,
         scale * LOG2_E.value,
         num_rows,
         tile_mass.shape[2],
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
-        num_heads=heads,
-        D=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_M=plan.block_m,
-        BLOCK_N=plan.block_n,
-        num_splits=plan.num_splits,
-        TILE_MASS=tile > 0,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
-    own = 0 if own_key is None else own_key.shape[-2]
-    own_key, own_value = (query, query) if own_key is None or own_value is None else (own_key, own_value)
-    merge_kernel[(triton.cdiv(num_rows, 16), batch * heads)](
-        query,
-        own_key,
-        own_value,
-        part_out,
-        part_mass,
-        out,
-        log_mass,
-        prefix_log_mass,
-        scale * LOG2_E.value,
-        num_rows,
-        *query.stride()[:3],
         *own_key.stride()[:3],
         *own_value.stride()[:3],
         num_heads=heads,
+        num_splits=plan.num_splits,
         D=head_dim,
         BLOCK_D=block_d,
         BLOCK_M=16,
+        BLOCK_N=plan.block_n,
         OWN=own,
         BLOCK_OWN=max(16, triton.next_power_of_2(own)),
-        num_splits=plan.num_splits,
+        TILE_MASS=tile > 0,
         num_warps=4,
         num_stages=2,
     )
