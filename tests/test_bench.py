@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from mage_tune.bench import run
@@ -13,6 +14,7 @@ from mage_tune.bench.checks import Check
 from mage_tune.bench.floor import Ceilings, Load, Roofline
 from mage_tune.bench.report import draw_plots, label, print_table, strongest_exact
 from mage_tune.bench.run import Options, bench
+from mage_tune.cli import main
 from mage_tune.decode.engine.weights import QWEN_1_5B, QWEN_7B
 from mage_tune.families.fast_dllm_v2 import FAST_DLLM_V2
 
@@ -148,6 +150,25 @@ def test_a_checkpoint_can_be_timed(tiny_bench, tiny_backbone, converted_checkpoi
     assert {row["steps"] for row in result["rows"] if row["acceptance"] == "static"} == {4, 2}
     with pytest.raises(ValueError, match="neither a folder nor a shape"):
         tiny_bench(models=["9B"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contexts", "8K"], "--contexts '8K': give whole numbers"),
+        (["--rules", "exact,snap"], "unknown rule 'snap'"),
+        (["--model", "9B"], "9B: neither a folder nor a shape"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_large_shapes_are_not_drawn_without_a_gpu():
+    with pytest.raises(ValueError, match="7B: this machine has no GPU"):
+        run._model("7B", torch.device("cpu"), torch.float32)
 
 
 # --- the report ---

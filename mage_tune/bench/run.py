@@ -28,6 +28,9 @@ from mage_tune.lm import load
 WIDTH = 200
 """Columns of the table in a log."""
 
+MOST_CPU_WEIGHTS = 10**9
+"""Published shapes beyond this are not drawn where there is no GPU."""
+
 SPARE_GIB = 4.0
 """Memory that weights and cache leave to activations, scores, graphs and the allocator."""
 
@@ -208,6 +211,8 @@ def _model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     """A published shape by name, or a checkpoint."""
     if name in SHAPES:
         shape = SHAPES[name]
+        if device.type == "cpu" and shape.stored_weights > MOST_CPU_WEIGHTS:
+            raise ValueError(f"{name}: this machine has no GPU; time a small checkpoint with --model FOLDER")
         family = FAMILIES["sdar" if shape.has_qk_norm else "fast_dllm_v2"].with_overrides(block_size=32)
         return Model(name, family, lambda: random_weights(shape, dtype, device), shape)
     if not Path(name).exists():
