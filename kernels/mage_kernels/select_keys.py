@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mage_kernels.key_scores import tile_probability
@@ -55,14 +54,8 @@ def select_keys(
     """
     if shortlist is None:
         shortlist = 8 * -(-k // tile)
-    tiles = top_k(mass, min(shortlist, mass.shape[-1]), lengths, page=tile, sinks=sinks, recent=recent, impl=impl)
+    forced = {"sinks": sinks, "recent": recent, "impl": impl}
+    tiles = top_k(mass, min(shortlist, mass.shape[-1]), lengths, page=tile, **forced)
     score = tile_probability(query, key, log_mass, lengths, scale, tiles.index, tiles.count, tile, impl=impl)
-    # Tiles ascend and only the last valid one can be short, so the valid candidates come first and stay in order.
-    row_lengths = lengths[:, None].expand(tiles.count.shape)
-    last = tiles.index.gather(-1, (tiles.count - 1).clamp(min=0)[..., None].long()).squeeze(-1)
-    candidates = (tiles.count - 1) * tile + torch.minimum(row_lengths - last * tile, torch.full_like(last, tile))
-    candidates = torch.where(tiles.count > 0, candidates, 0).int().contiguous()
-    best = top_k(score, k, candidates, sinks=sinks, recent=recent, impl=impl)
-    position = tiles.index.gather(-1, (best.index // tile).long()) * tile + best.index % tile
-    is_meant = torch.arange(k, device=position.device) < best.count[..., None]
-    return Selected(position.where(is_meant, 0), best.count, best.worst_chosen >= tiles.best_left)
+    keys = top_k(score, k, lengths, groups=(tiles.index, tiles.count, tile), **forced)
+    return Selected(keys.index, keys.count, keys.worst_chosen >= tiles.best_left)

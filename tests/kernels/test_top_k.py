@@ -73,6 +73,28 @@ def test_a_length_for_every_row(width, device):
     assert got.index[1, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("forced", [{}, {"sinks": 2, "recent": 3}])
+def test_entries_of_some_groups(forced, impl, device):
+    """Scores of groups 1, 4 and 9 alone, against the same with every other score out of the question."""
+    size, score = 8, scores(device)
+    lengths = torch.tensor([79, 38], dtype=torch.int32, device=device)
+    index = torch.tensor([0, 4, 9, 1], dtype=torch.int32, device=device).repeat(2, 2, 1)
+    count = torch.tensor([[3, 3], [2, 0]], dtype=torch.int32, device=device)
+    packed = torch.nn.functional.pad(score, (0, 2)).unflatten(-1, (-1, size))[:, :, index[0, 0].long()].flatten(2)
+    got = top_k(packed.contiguous(), 10, lengths, groups=(index, count, size), **forced, impl=impl)
+    outside = torch.full_like(score, -3.4e38)
+    for row, head in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
+        for group in index[row, head, : count[row, head]].tolist():
+            entries = slice(group * size, group * size + size)
+            outside[row, head, entries] = score[row, head, entries]
+    full = top_k(outside, 10, lengths, **forced, impl="reference")
+    assert got.count.tolist() == [[10, 10], [10, 0]]
+    assert got.index[:, 0].equal(full.index[:, 0]) and got.index[0, 1].equal(full.index[0, 1])
+    assert (got.index[1, 1] == 0).all()
+    assert got.worst_chosen[:, 0].equal(full.worst_chosen[:, 0])
+
+
 def test_layers_share_the_lengths_of_the_batch(device):
     score, lengths = scores(device), torch.tensor([20, 33], dtype=torch.int32, device=device)
     single = top_k(score, 10, lengths, impl="triton")

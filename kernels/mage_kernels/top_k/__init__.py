@@ -35,7 +35,15 @@ class Chosen:
 
 
 def top_k(
-    score: Tensor, k: int, lengths: Tensor, *, page: int = 1, sinks: int = 0, recent: int = 0, impl: str = "auto"
+    score: Tensor,
+    k: int,
+    lengths: Tensor,
+    *,
+    page: int = 1,
+    sinks: int = 0,
+    recent: int = 0,
+    groups: tuple[Tensor, Tensor, int] | None = None,
+    impl: str = "auto",
 ) -> Chosen:
     """The k best of the valid entries of each row.
 
@@ -46,6 +54,9 @@ def top_k(
         page: keys per entry; a page is valid if one of its keys is.
         sinks, recent: pages that hold one of the first `sinks` or last `recent` valid keys are chosen whatever their
             score. Where there are more of them than k, the first win.
+        groups: (index, count, size) where `score` holds not all entries but those of some groups of `size` in a row:
+            index (..., S) int32 ascending group numbers, of which the first count (...) int32 are meant, and N is
+            S * size; slot s * size + j scores entry index[s] * size + j. What is chosen are entries, as without.
 
     Raises:
         ValueError: shapes, dtypes or numbers do not fit.
@@ -59,11 +70,19 @@ def top_k(
         )
     if k < 1 or page < 1 or sinks < 0 or recent < 0:
         raise ValueError(f"{op}: k {k} and page {page} must be positive, sinks {sinks}, recent {recent} not negative")
-    check_counts(op, "lengths", lengths, score.shape[-3:-2] if lengths.dim() == 1 else tuple(score.shape[:-1]))
-    groups = -(-score.shape[-1] // MAX_WIDTH)
-    limit = f"k {k} is too large for rows of {score.shape[-1]} entries" if k * groups > MAX_WIDTH else None
+    rows = tuple(score.shape[:-1])
+    check_counts(op, "lengths", lengths, rows[-2:-1] if lengths.dim() == 1 else rows)
+    limit = None
+    if groups is not None:
+        index, count, size = groups
+        check_counts(op, "groups[0]", index, (*rows, score.shape[-1] // size))
+        check_counts(op, "groups[1]", count, rows)
+        limit = f"{score.shape[-1]} entries in groups are over {MAX_WIDTH}" if score.shape[-1] > MAX_WIDTH else None
+    elif k * -(-score.shape[-1] // MAX_WIDTH) > MAX_WIDTH:
+        limit = f"k {k} is too large for rows of {score.shape[-1]} entries"
     if not choose(op, impl, score, lengths, limit=limit):
-        return Chosen(*reference.top_k(score, k, lengths, page, sinks, recent))
+        return Chosen(*reference.top_k(score, k, lengths, page, sinks, recent, groups))
     from mage_kernels.top_k import triton
 
-    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent))
+    index, count, size = groups or (None, None, 0)
+    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent, index, count, size))

@@ -7,13 +7,25 @@ from torch import Tensor
 
 
 def top_k(
-    score: Tensor, k: int, lengths: Tensor, page: int, sinks: int, recent: int
+    score: Tensor,
+    k: int,
+    lengths: Tensor,
+    page: int,
+    sinks: int,
+    recent: int,
+    groups: tuple[Tensor, Tensor, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mage_kernels.top_k.top_k`."""
-    size = score.shape[-1]
+    slots = score.shape[-1]
+    entry = torch.arange(slots, device=score.device).expand_as(score)
+    is_meant = torch.ones_like(entry, dtype=torch.bool)
+    if groups is not None:
+        index, count, size = groups
+        is_meant = entry // size < count[..., None]
+        entry = index.gather(-1, entry // size).long() * size + entry % size
     lengths = (lengths[:, None] if lengths.dim() == 1 else lengths)[..., None]
-    first = torch.arange(size, device=score.device) * page
-    is_valid = (first < lengths).expand_as(score)
+    first = entry * page
+    is_valid = is_meant & (first < lengths)
     is_forced = is_valid & ((first < sinks) | ((first + page > lengths - recent) & (recent > 0)))
     # Three classes, each by score, then by position: stable sorts from the least important criterion to the first.
     by_score = torch.where(is_forced, 0.0, score).sort(dim=-1, descending=True, stable=True).indices
@@ -21,11 +33,12 @@ def top_k(
     by_class = rank.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
     best = by_score.gather(-1, by_class)[..., :k]
     is_chosen = torch.zeros_like(is_valid).scatter(-1, best, True) & is_valid
-    position = torch.where(is_chosen, torch.arange(size, device=score.device), size)
-    index = torch.nn.functional.pad(position.sort(dim=-1).values[..., :k], (0, max(0, k - size)), value=size)
+    last = torch.iinfo(torch.int64).max
+    position = torch.where(is_chosen, entry, last).sort(dim=-1).values[..., :k]
+    position = torch.nn.functional.pad(position, (0, max(0, k - slots)), value=last)
     on_merit, left = is_chosen & ~is_forced, is_valid & ~is_chosen
     return (
-        index.where(index < size, 0).int(),
+        position.where(position < last, 0).int(),
         is_chosen.sum(-1, dtype=torch.int32),
         score.masked_fill(~on_merit, float("inf")).amin(-1),
         score.masked_fill(is_forced, float("inf")).masked_fill(~left, float("-inf")).amax(-1),

@@ -38,8 +38,8 @@ def score_of(b_key):
 
 @triton.jit
 def load_keys(p_score, o_n, m_n, length, page, sinks, recent):
-    """Order keys of entries o_n of a row: forced ones best of all, invalid ones 0."""
-    b_key = order_key(tl.load(p_score + o_n, mask=m_n, other=0.0))
+    """Order keys of entries o_n of a row, whose scores lie at p_score: forced ones best of all, invalid ones 0."""
+    b_key = order_key(tl.load(p_score, mask=m_n, other=0.0))
     first = o_n * page
     m_valid = m_n & (first < length)
     m_forced = (first < sinks) | ((first + page > length - recent) & (recent > 0))
@@ -66,7 +66,7 @@ def group_kernel(
     length = tl.load(lengths + i_row // LENGTH_DIV % LENGTH_MOD)
     o_g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_n = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    b_key = load_keys(score + i_row * size, o_n, o_n < size, length, page, sinks, recent)  # [BLOCK, GROUP]
+    b_key = load_keys(score + i_row * size + o_n, o_n, o_n < size, length, page, sinks, recent)  # [BLOCK, GROUP]
     b_best = tl.max(b_key, 1).to(tl.int32, bitcast=True)
     tl.store(best + i_row * num_groups + o_g, b_best, mask=o_g < num_groups)
 
@@ -92,16 +92,17 @@ def choose_kernel(
     LENGTH_MOD: tl.constexpr,
     IS_KEY: tl.constexpr,
     GROUP: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row: all its entries, or those of some groups."""
+    """One row: all its entries, or those of some groups, whose scores lie packed or where they are in the row."""
     i_row = tl.program_id(0).to(tl.int64)
     o_slot = tl.arange(0, WIDTH)
     if GROUP > 0:
         m_n = o_slot // GROUP < tl.load(group_count + i_row)
         o_n = tl.load(groups + i_row * max_groups + o_slot // GROUP, mask=m_n, other=0) * GROUP + o_slot % GROUP
-        m_n = m_n & (o_n < size)
+        m_n = m_n & (IS_PACKED | (o_n < size))
     else:
         o_n = o_slot
         m_n = o_slot < size
@@ -109,7 +110,8 @@ def choose_kernel(
         b_key = tl.load(score + i_row * size + o_n, mask=m_n, other=0).to(tl.uint32, bitcast=True)
     else:
         length = tl.load(lengths + i_row // LENGTH_DIV % LENGTH_MOD)
-        b_key = load_keys(score + i_row * size, o_n, m_n, length, page, sinks, recent)
+        p_score = score + i_row * size + (o_slot if IS_PACKED else o_n)
+        b_key = load_keys(p_score, o_n, m_n, length, page, sinks, recent)
 
     # The largest threshold that at least k keys reach; 0 where there are fewer.
     threshold = tl.zeros([], tl.uint32)
@@ -134,7 +136,7 @@ def choose_kernel(
     worst = tl.min(tl.where(m_chosen, b_key, BEST).to(tl.uint32), 0)
     left = tl.max(tl.where(m_chosen, 0, b_key).to(tl.uint32), 0)
     left_score = tl.where(left == 0, float("-inf"), tl.where(left == BEST, float("inf"), score_of(left)))
-    if GROUP > 0:
+    if GROUP > 0 and not IS_PACKED:
         left_score = tl.maximum(left_score, tl.load(group_left + i_row))
     tl.store(worst_chosen + i_row, tl.where(worst == BEST, float("inf"), score_of(worst)))
     tl.store(best_left + i_row, left_score)
@@ -142,11 +144,21 @@ def choose_kernel(
 
 @torch.library.custom_op("mage_kernels::top_k", mutates_args=())
 def top_k(
-    score: Tensor, k: int, lengths: Tensor, page: int, sinks: int, recent: int
+    score: Tensor,
+    k: int,
+    lengths: Tensor,
+    page: int,
+    sinks: int,
+    recent: int,
+    groups: Tensor | None,
+    group_count: Tensor | None,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mage_kernels.top_k.top_k`."""
     size = score.shape[-1]
     rule = (page, sinks, recent)
+    if groups is not None and group_count is not None:
+        return _choose(score, k, lengths, *rule, group=group, groups=(groups, group_count, score), is_packed=True)
     if size <= SINGLE_WIDTH:
         return _choose(score, k, lengths, *rule)
     # As many groups as candidates, about; both must fit a program.
@@ -158,13 +170,21 @@ def top_k(
     group_kernel[(triton.cdiv(num_groups, block), score[..., 0].numel())](
         score, lengths, best, size, num_groups, *rule, *_length_of_row(score, lengths), GROUP=group, BLOCK=block
     )
-    chosen = _choose(best, min(k, num_groups), lengths, *rule, is_key=True)
-    return _choose(score, k, lengths, *rule, group=group, groups=chosen)
+    index, count, _, left = _choose(best, min(k, num_groups), lengths, *rule, is_key=True)
+    return _choose(score, k, lengths, *rule, group=group, groups=(index, count, left))
 
 
 @top_k.register_fake
 def _(
-    score: Tensor, k: int, lengths: Tensor, page: int, sinks: int, recent: int
+    score: Tensor,
+    k: int,
+    lengths: Tensor,
+    page: int,
+    sinks: int,
+    recent: int,
+    groups: Tensor | None,
+    group_count: Tensor | None,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(score, k)
 
@@ -199,10 +219,12 @@ def _choose(
     *,
     is_key: bool = False,
     group: int = 0,
-    groups: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    groups: tuple[Tensor, Tensor, Tensor] | None = None,
+    is_packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One launch; groups: their numbers, how many, and the best score among those left out."""
     outputs = _outputs(score, k)
-    among, among_count, _, among_left = groups or (lengths, lengths, lengths, lengths)
+    among, among_count, among_left = groups or (lengths, lengths, lengths)
     width = triton.next_power_of_2(score.shape[-1] if groups is None else among.shape[-1] * group)
     choose_kernel[(score[..., 0].numel(),)](
         score,
@@ -220,6 +242,7 @@ def _choose(
         *_length_of_row(score, lengths),
         IS_KEY=is_key,
         GROUP=group,
+        IS_PACKED=is_packed,
         WIDTH=width,
         BLOCK_K=triton.next_power_of_2(k),
         num_warps=4 if width <= 2048 else 8 if width <= 4096 else 16 if width <= 16384 else 32,
