@@ -63,9 +63,8 @@ def test_tokens_of_every_rule(engine_lm, prompts, family, rule):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar"])
-def test_tokens_of_every_way_to_fill_a_block(engine_lm, prompts, family, options):
-    lm, batch = engine_lm(family), prompts(LENGTHS)
+def test_tokens_of_every_way_to_fill_a_block(engine_lm, prompts, options):
+    lm, batch = engine_lm("fast_dllm_v2"), prompts(LENGTHS)
     options = COMMON | {"attention": "mage", "budget": 12, "dense_layers": 1} | options
     plain = {name: option for name, option in options.items() if name != "exact_kernel"}
     assert generate(lm, batch, **options).tokens == lm.generate(batch, **plain).tokens

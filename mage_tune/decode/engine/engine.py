@@ -185,7 +185,7 @@ class Engine:
 
     def run(self, kind: Step) -> None:
         """One step, as a graph where graphs are used."""
-        self.graphs.run((kind, self._planned[kind]), lambda: self._step(kind))
+        self.graphs.run(kind, self._planned[kind], lambda: self._step(kind))
 
     @torch.no_grad()
     def _step(self, kind: Step) -> None:

@@ -18,17 +18,17 @@ class Graphs:
     def __init__(self, is_used: bool, state: Sequence[Tensor]) -> None:
         self.is_used = is_used
         self.state = state
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[str, tuple[Hashable, torch.cuda.CUDAGraph]] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_used else None
 
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Do a step; `key` is all that its graph depends on."""
+    def run(self, name: str, depends_on: Hashable, step: Callable[[], None]) -> None:
+        """Do a step; its graph is captured anew when what it depends on has changed."""
         if not self.is_used:
             step()
             return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(step)
-        self._graphs[key].replay()
+        if name not in self._graphs or self._graphs[name][0] != depends_on:
+            self._graphs[name] = depends_on, self._capture(step)
+        self._graphs[name][1].replay()
 
     def __len__(self) -> int:
         return len(self._graphs)
