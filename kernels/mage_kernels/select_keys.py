@@ -8,6 +8,7 @@ chosen scores at least the best mass left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def select_keys(
     """
     if shortlist is None:
         shortlist = 8 * -(-k // tile)
-    forced = {"sinks": sinks, "recent": recent, "impl": impl}
+    forced: dict[str, Any] = {"sinks": sinks, "recent": recent, "impl": impl}
     tiles = top_k(mass, min(shortlist, mass.shape[-1]), lengths, page=tile, **forced)
     score = tile_probability(query, key, log_mass, lengths, scale, tiles.index, tiles.count, tile, impl=impl)
     keys = top_k(score, k, lengths, groups=(tiles.index, tiles.count, tile), **forced)

@@ -84,5 +84,4 @@ def top_k(
         return Chosen(*reference.top_k(score, k, lengths, page, sinks, recent, groups))
     from mage_kernels.top_k import triton
 
-    index, count, size = groups or (None, None, 0)
-    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent, index, count, size))
+    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent, *(groups or (None, None, 0))))
