@@ -65,10 +65,6 @@ def split_kernel(
     m_m = o_m < num_rows
     m_d = o_d < D
     p_mass = part_mass + (i_bh * num_splits + i_split) * num_rows + o_m
-    if start >= end:
-        tl.store(p_mass, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=m_m)
-        return
-
     p_q = query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :]
     p_k = key + i_b * k_batch + i_h * k_head + (start * BLOCK_N + o_n).to(tl.int64)[:, None] * k_row + o_d[None, :]
     p_v = value + i_b * v_batch + i_h * v_head + (start * BLOCK_N + o_n).to(tl.int64)[:, None] * v_row + o_d[None, :]
@@ -92,7 +88,8 @@ def split_kernel(
         p_v += BLOCK_N * v_row
     tl.store(p_mass, b_max + tl.log2(b_sum), mask=m_m)
     p_out = part_out + ((i_bh * num_splits + i_split) * num_rows + o_m[:, None]) * D + o_d[None, :]
-    tl.store(p_out, b_acc / b_sum[:, None], mask=m_m[:, None] & m_d[None, :])
+    b_divisor = tl.where(b_sum > 0, b_sum, 1.0)  # an empty part: zeros, and a mass of -inf
+    tl.store(p_out, b_acc / b_divisor[:, None], mask=m_m[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -131,63 +128,72 @@ def merge_kernel(
     num_splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     TILE_MASS: tl.constexpr,
 ):
-    """BLOCK_M rows of one KV head: the parts of the prefix, its keys after the last whole tile, the block's own."""
-    i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """BLOCK_M rows and BLOCK_V channels of one KV head: the parts of the prefix, its last keys, the block's own.
+
+    Latency is all that counts here, so BLOCK_S parts are read at a time, and the channels are spread over programs.
+    """
+    i_m, i_v, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     m_m = o_m < num_rows
-    m_md = m_m[:, None] & (o_d < D)[None, :]
-    p_mass = part_mass + i_bh * num_splits * num_rows + o_m
-    p_part = part_out + (i_bh * num_splits * num_rows + o_m[:, None]) * D + o_d[None, :]
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_first = m_m & (i_v == 0)  # what all programs of these rows know, one of them writes
+    b_q = tl.load(
+        query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d, mask=m_m[:, None] & (o_d < D), other=0.0
+    )
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for _ in range(num_splits):
-        b_mass = tl.load(p_mass, mask=m_m, other=float("-inf"))
-        m_part = b_mass > float("-inf")  # an empty part wrote no output
-        b_part = tl.load(p_part, mask=m_md & m_part[:, None], other=0.0)
-        b_new = tl.maximum(b_max, b_mass)
+    for start in range(0, num_splits, BLOCK_S):
+        o_s = start + tl.arange(0, BLOCK_S)
+        o_row = (i_bh * num_splits + o_s)[:, None] * num_rows + o_m[None, :]  # [BLOCK_S, BLOCK_M]
+        m_row = (o_s < num_splits)[:, None] & m_m[None, :]
+        b_mass = tl.load(part_mass + o_row, mask=m_row, other=float("-inf"))
+        m_part = m_row[:, :, None] & (o_v < D)[None]
+        b_part = tl.load(part_out + o_row[:, :, None] * D + o_v[None], mask=m_part, other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_mass, 0))
         b_shift = tl.where(b_new > float("-inf"), b_new, 0.0)  # -inf - -inf is NaN
-        b_old, b_weight = tl.exp2(b_max - b_shift), tl.exp2(b_mass - b_shift)
-        b_acc = b_acc * b_old[:, None] + b_part * b_weight[:, None]
-        b_sum = b_sum * b_old + b_weight
+        b_weight = tl.exp2(b_mass - b_shift[None, :])
+        b_old = tl.exp2(b_max - b_shift)
+        b_acc = b_acc * b_old[:, None] + tl.sum(b_part * b_weight[:, :, None], 0)
+        b_sum = b_sum * b_old + tl.sum(b_weight, 0)
         b_max = b_new
-        p_mass += num_rows
-        p_part += num_rows * D
-    b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
     length = tl.load(lengths + i_b)
     tail = length // BLOCK_N * BLOCK_N
     if tail < length:
         o_n = tail + tl.arange(0, BLOCK_N)
         m_n = o_n < length
-        m_nd = m_n[:, None] & (o_d < D)[None, :]
-        p_k = key + i_b * k_batch + i_h * k_head + o_n.to(tl.int64)[:, None] * k_row + o_d[None, :]
-        p_v = value + i_b * v_batch + i_h * v_head + o_n.to(tl.int64)[:, None] * v_row + o_d[None, :]
-        b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
+        p_k = key + i_b * k_batch + i_h * k_head + o_n.to(tl.int64)[:, None] * k_row + o_d
+        p_v = value + i_b * v_batch + i_h * v_head + o_n.to(tl.int64)[:, None] * v_row + o_v
+        b_k = tl.load(p_k, mask=m_n[:, None] & (o_d < D), other=0.0)
+        b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < D), other=0.0)
         b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
         if TILE_MASS:
             p_tile = tile_mass + (i_bh * num_tiles + tail // BLOCK_N) * num_rows + o_m
-            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
-    p_row = i_bh * num_rows + o_m
-    tl.store(prefix_log_mass + p_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_first)
+    o_row = i_bh * num_rows + o_m
+    tl.store(prefix_log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
     if OWN > 0:
         o_n = tl.arange(0, BLOCK_OWN)
-        m_nd = (o_n < OWN)[:, None] & (o_d < D)[None, :]
-        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_n[:, None] * ok_row + o_d[None, :]
-        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_n[:, None] * ov_row + o_d[None, :]
-        b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
-        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, o_n < OWN, b_acc, b_max, b_sum, qk_scale, True)
+        m_n = o_n < OWN
+        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_n[:, None] * ok_row + o_d
+        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_n[:, None] * ov_row + o_v
+        b_k = tl.load(p_k, mask=m_n[:, None] & (o_d < D), other=0.0)
+        b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < D), other=0.0)
+        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
-    p_out = out + p_row[:, None] * D + o_d[None, :]
-    tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_md)
-    tl.store(log_mass + p_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+    p_out = out + o_row[:, None] * D + o_v
+    tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & (o_v < D))
+    tl.store(log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
 
 
 class Plan(NamedTuple):
@@ -334,7 +340,8 @@ def launch(
         )
     own = 0 if own_key is None else own_key.shape[-2]
     own_key, own_value = (query, query) if own_key is None or own_value is None else (own_key, own_value)
-    merge_kernel[(triton.cdiv(num_rows, 16), batch * heads)](
+    block_v = min(32, block_d)
+    merge_kernel[(triton.cdiv(num_rows, 16), block_d // block_v, batch * heads)](
         query,
         key,
         value,
@@ -359,8 +366,10 @@ def launch(
         num_splits=plan.num_splits,
         D=head_dim,
         BLOCK_D=block_d,
+        BLOCK_V=block_v,
         BLOCK_M=16,
         BLOCK_N=plan.block_n,
+        BLOCK_S=min(16, triton.next_power_of_2(plan.num_splits)),
         OWN=own,
         BLOCK_OWN=max(16, triton.next_power_of_2(own)),
         TILE_MASS=tile > 0,
