@@ -21,7 +21,7 @@ class RuleForm:
 
     make: Callable[[int, int], Rule]
     """(budget, dense layers) -> the rule."""
-    quest_form: str = "mean"
+    quest_form: str = "matrix"
 
 
 RULES: dict[str, RuleForm] = {

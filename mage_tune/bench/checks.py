@@ -22,7 +22,7 @@ from mage_tune.decode.cache import PrefixCache
 from mage_tune.decode.engine.engine import Engine
 from mage_tune.decode.engine.generate import engine_settings, generate
 from mage_tune.decode.engine.weights import weights_of
-from mage_tune.decode.rules import Mage
+from mage_tune.decode.rules import Exact, Mage
 from mage_tune.decode.steps import choose_forward
 from mage_tune.lm import BlockDiffusionLM, from_backbone
 
@@ -63,6 +63,31 @@ class Check:
 def check_engine(device: torch.device, dtype: torch.dtype) -> list[Check]:
     """Every comparison for every family."""
     return [check for family in FAMILIES for check in _check_family(family, device, dtype)]
+
+
+@torch.no_grad()
+def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Check:
+    """Logits of an exact step by another exact kernel: rows of equal length, heads of 128 as in published models.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    lm = tiny_lm("converted", device, dtype, head_dim=128)
+    prompts = torch.randint(2, MASK_ID, (2, 640), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(weights_of(lm.model), engine_settings(lm.family, Exact()), 2, 704, exact_kernel=name)
+    for row, ids in enumerate(prompts):
+        engine.prefill(row, ids)
+    engine.plan()
+    found = engine.look("exact")
+    wide = BlockDiffusionLM(copy.deepcopy(lm.model).double(), None, lm.family)
+    true, plain = (_exact_logits(one, prompts, engine.blocks.ids) for one in (wide, lm))
+    return Check(f"{name}: logits, exact step", _error(found, true), SLACK * _error(plain, true))
+
+
+def _exact_logits(lm: BlockDiffusionLM, prompts: list[list[int]], block: Tensor) -> Tensor:
+    cache = PrefixCache.for_model(lm.model, len(prompts), max(map(len, prompts)))
+    extend(lm.model, cache, prompts, BLOCK)
+    return output_head(lm.model)(block_forward(lm.model, cache, block))
 
 
 def tiny_lm(family: str, device: torch.device, dtype: torch.dtype, **shape: int) -> BlockDiffusionLM:

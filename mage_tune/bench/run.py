@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from mage_tune.bench.cases import RULES, Case, all_cases
-from mage_tune.bench.checks import check_engine
+from mage_tune.bench.checks import check_engine, check_kernel
 from mage_tune.bench.floor import BYTES, Ceilings, measure_ceilings
 from mage_tune.bench.measure import GIB, make_engine, measure
 from mage_tune.bench.profiling import profile_steps
@@ -105,7 +105,7 @@ def bench(options: Options, console: Console | None = None) -> dict[str, Any]:
     console.print(
         f"floors: copy {ceilings.bytes_per_s / 1e12:.2f} TB/s, product {ceilings.flops_per_s / 1e12:.0f} TFLOP/s"
     )
-    Timer(options, models, ceilings, result, console).run()
+    Timer(options, models, (device, dtype), ceilings, result, console).run()
     print_table(result["rows"], console)
     if options.plots is not None:
         draw_plots(result["rows"], options.plots)
@@ -116,12 +116,20 @@ class Timer:
     """Walks the cases; consecutive ones of a group share weights and cache."""
 
     def __init__(
-        self, options: Options, models: dict[str, Model], ceilings: Ceilings, result: dict[str, Any], console: Console
+        self,
+        options: Options,
+        models: dict[str, Model],
+        machine: tuple[torch.device, torch.dtype],
+        ceilings: Ceilings,
+        result: dict[str, Any],
+        console: Console,
     ) -> None:
-        self.options, self.models, self.ceilings, self.result = options, models, ceilings, result
-        self.console = console
+        self.options, self.models, self.machine, self.ceilings = options, models, machine, ceilings
+        self.result, self.console = result, console
         self.weights: tuple[str, Weights] | None = None
         self.cache: tuple[tuple[str, int, int], Cache] | None = None
+        self.trusted = {"ours"}
+        """Exact kernels that gave the right logits on this machine."""
 
     def run(self) -> None:
         """Time cases until the time is up; the file is written after each, so that a killed run leaves its rows."""
@@ -143,6 +151,7 @@ class Timer:
 
     def _time(self, case: Case) -> None:
         try:
+            self._trust(case.exact_kernel)
             weights, cache = self._memory(case)
             _free()
             row = measure(case, make_engine(case, weights, self.models[case.model].family, cache), self.ceilings)
@@ -153,6 +162,20 @@ class Timer:
         else:
             self.result["rows"].append(row)
             self.console.print(describe(row))
+
+    def _trust(self, kernel: str) -> None:
+        """Check an exact kernel before its first case.
+
+        Raises:
+            ValueError: it cannot run here, or is wrong.
+        """
+        if kernel in self.trusted:
+            return
+        check = check_kernel(kernel, *self.machine)
+        self.result["checks"].append(asdict(check))
+        if not check.is_fine:
+            raise ValueError(f"{check.what}: {check.found:.2g} is more than {check.allowed:.2g}")
+        self.trusted.add(kernel)
 
     def _profile(self) -> None:
         """One exact and one sparse step of the first model, batch 1, longest context."""

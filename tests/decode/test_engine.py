@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from mage_tune.bench.checks import check_engine
+from mage_tune.bench.checks import check_engine, check_kernel
 from mage_tune.decode.attention import block_forward, extend
 from mage_tune.decode.cache import PrefixCache
 from mage_tune.decode.engine.blocks import Blocks, most_steps
 from mage_tune.decode.engine.engine import Engine
 from mage_tune.decode.engine.generate import engine_settings, generate
+from mage_tune.decode.engine.kernels import Sdpa, by_head, page_numbers, pages_of
 from mage_tune.decode.engine.weights import SHAPES, random_weights, weights_of
 from mage_tune.decode.rules import Exact, Mage, make_rule
 from mage_tune.lm import BlockDiffusionLM, from_backbone
@@ -109,7 +110,14 @@ def test_logits_of_a_step(engine_lm, prompts, family):
 
 
 def test_the_checks_before_a_benchmark_pass_here() -> None:
-    assert [check for check in check_engine(torch.device("cpu"), torch.float32) if not check.is_fine] == []
+    cpu, dtype = torch.device("cpu"), torch.float32
+    checks = [*check_engine(cpu, dtype), check_kernel("sdpa", cpu, dtype)]
+    assert [check for check in checks if not check.is_fine] == []
+
+
+def test_the_checks_find_a_wrong_kernel(monkeypatch):
+    monkeypatch.setattr(Sdpa, "attend", lambda self, layer, rows, seen: by_head(rows, 32))
+    assert not check_kernel("sdpa", torch.device("cpu"), torch.float32).is_fine
 
 
 def test_an_attached_adapter_is_merged_into_a_copy(tiny_backbone, tiny_adapter, prompts):
@@ -176,6 +184,15 @@ def test_a_prompt_that_does_not_fit(engine_lm):
         engine.prefill(0, [5] * 9)
     with pytest.raises(ValueError, match="do not fit"):
         engine.prefill(0, [5] * 24)
+
+
+def test_pages_of_the_cache_are_its_keys():
+    """How FlashInfer sees rows and heads: page p of a row holds keys p * page and on of every head."""
+    cache = torch.arange(3 * 2 * 24 * 5).view(3, 2, 24, 5)
+    pages = pages_of(cache, 8)
+    for row in range(3):
+        seen = pages[page_numbers(cache, 8, row, 3).long()]  # (3, heads, 8, D)
+        assert torch.equal(seen.transpose(0, 1).flatten(1, 2), cache[row])
 
 
 # --- blocks ---

@@ -17,9 +17,13 @@ from mage_kernels.exact_attention import TILES, Attended
 from mage_kernels.key_scores import mean_logit, tile_mass
 from mage_kernels.select_keys import select_keys
 from mage_kernels.top_k import top_k
+from mage_tune.blocks import round_up
 from mage_tune.decode.engine.attention import Frame
 from mage_tune.decode.engine.cache import KeptKeys
 from mage_tune.decode.rules import Mage, MeanQuery, Rule, SparseD, SparseDLLM
+
+BEST_TILE = 64
+"""Keys per tile of the exact pass's log-masses: at 128 it took 20.4 ms instead of 14.3 (1.5B, 128K, batch 8)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class _KeepsRows(Chooser):
 class MageChooser(_KeepsRows):
     """Mean probability: tile masses from the exact pass itself, then the keys of the best tiles scored one by one."""
 
-    tile = 64
+    tile = BEST_TILE
 
     def __init__(self, rule: Mage, frame: Frame) -> None:
         super().__init__(rule, frame)
@@ -180,25 +184,27 @@ class SparseDLLMChooser(MeanQueryChooser):
 
 
 class SparseDChooser(Chooser):
-    """Mean probability of whole tiles, which the exact pass gives away."""
+    """Mean probability of whole tiles, which the exact pass gives away (in tiles of its own, at most `BEST_TILE`)."""
 
     def __init__(self, rule: SparseD, frame: Frame) -> None:
         super().__init__(rule, frame)
         if rule.page not in TILES:
             raise ValueError(f"sparsed in the decode engine needs tiles of {TILES} keys, not {rule.page}")
-        self.tile = rule.page
-        self.mass = torch.zeros(*self.heads, -(-frame.cache.capacity // rule.page), device=frame.weights.device)
+        self.tile = min(rule.page, BEST_TILE)
+        tiles = round_up(frame.cache.capacity, rule.page) // self.tile
+        self.mass = torch.zeros(*self.heads, tiles, device=frame.weights.device)
 
     def observe(self, layer: int, rows: Tensor, attended: Attended) -> None:
         """Tile masses."""
         assert attended.tile_log_mass is not None and self.tile is not None
         lengths, impl = self.frame.cache.lengths, self.frame.impl
         mass = tile_mass(attended.tile_log_mass, attended.prefix_log_mass, lengths, self.tile, impl=impl)
-        self.mass[layer - self.first_layer].copy_(mass)
+        self.mass[layer - self.first_layer, ..., : mass.shape[-1]].copy_(mass)
 
     def choose(self) -> Keys:
-        """Top tiles."""
-        return self._top(self.mass, self.rule.page)
+        """Top tiles of the rule's size."""
+        assert self.tile is not None
+        return self._top(self.mass.unflatten(-1, (-1, self.rule.page // self.tile)).sum(-1), self.rule.page)
 
 
 CHOOSERS: dict[type[Rule], type[Chooser]] = {

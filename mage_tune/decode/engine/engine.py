@@ -71,7 +71,7 @@ class Engine:
         capacity: int,
         *,
         exact_kernel: str = "ours",
-        quest_form: str = "mean",
+        quest_form: str = "matrix",
         use_graphs: bool | None = None,
         impl: str | None = None,
         cache: Cache | None = None,

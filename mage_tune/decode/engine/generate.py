@@ -65,7 +65,7 @@ def generate(
     recent: int | None = None,
     rule_options: Mapping[str, Any] | None = None,
     exact_kernel: str = "ours",
-    quest_form: str = "mean",
+    quest_form: str = "matrix",
     use_graphs: bool | None = None,
     **options: Any,
 ) -> Generation:
