@@ -5,7 +5,7 @@
 One layer's exact attention of a block of 32 over a long prefix (what an exact step does once per layer), and what MAGE
 adds once per block or once per sparse step. Every kernel is checked against float64 before it is timed; one that cannot
 run is named with its reason. Times are medians of CUDA-graph replays of several calls over different inputs, so that
-neither launches nor the L2 cache flatter anyone. The most important rows come first, and measuring stops when the
+neither launches nor the L2 cache flatter anyone (FlashInfer is timed without a graph too). The most important rows come first, and measuring stops when the
 seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s, whichever takes longer (docs/performance.md).
 """
 
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from mage_kernels.compact import compact  # noqa: E402
 from mage_kernels.confidence import confidence  # noqa: E402
-from mage_kernels.exact_attention import exact_attention  # noqa: E402
+from mage_kernels.exact_attention import best_tile, exact_attention  # noqa: E402
 from mage_kernels.gather_attention import gather_attention  # noqa: E402
 from mage_kernels.key_scores import mean_logit, mean_probability, tile_mass  # noqa: E402
 from mage_kernels.page_scores import FORMS, page_scores  # noqa: E402
@@ -44,7 +44,7 @@ from mage_kernels.top_k import top_k  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
 
 BYTES_PER_MS, FLOPS_PER_MS = 3.0e9, 790e9
-BLOCK, TILE, BUDGET, VOCABULARY = 32, 64, 512, 152064
+BLOCK, BUDGET, PAGE, VOCABULARY = 32, 512, 16, 152064
 Call = Callable[[], Any]
 
 
@@ -120,12 +120,12 @@ def ours(inputs: Inputs) -> Call:
 
 def ours_with_scores(inputs: Inputs) -> Call:
     """The same, and the mass of every tile, which selection starts from."""
-    i = inputs
+    i, tile = inputs, best_tile(inputs.query)
 
     def run() -> Tensor:
-        seen = exact_attention(i.query, i.key, i.value, i.lengths, i.scale, **i.own, tile=TILE, impl="triton")
+        seen = exact_attention(i.query, i.key, i.value, i.lengths, i.scale, **i.own, tile=tile, impl="triton")
         assert seen.tile_log_mass is not None
-        tile_mass(seen.tile_log_mass, seen.prefix_log_mass, i.lengths, TILE, impl="triton")
+        tile_mass(seen.tile_log_mass, seen.prefix_log_mass, i.lengths, tile, impl="triton")
         return seen.out
 
     return run
@@ -142,27 +142,32 @@ def sdpa(inputs: Inputs, backend: SDPBackend) -> Call:
     return run
 
 
-def flashinfer(inputs: Inputs, backend: str) -> Call:
-    """FlashInfer's batched prefill over pages that are whole rows of our cache; "auto" is what its users get."""
+def flashinfer(inputs: Inputs, backend: str, in_graph: bool = True) -> Call:
+    """FlashInfer's batched prefill over a paged cache; "auto" is what its users get (fa3 on Hopper).
+
+    Its plan splits a prefix between pages and never inside one, so pages must be small for fa2 to split at all; keys and
+    values are copied to pages of 16, its usual size. Its plans for a graph and for single launches differ: both run.
+    """
     library: Any = import_module("flashinfer")  # a peer to be compared with, no requirement of ours
     i, shape = inputs, inputs.shape
-    counts = [torch.empty(i.batch + extra, dtype=torch.int32, device="cuda") for extra in (1, 1, 0, 0)]
+    pages = (i.context + BLOCK) // PAGE
+    total = i.batch * pages
+    sizes = (i.batch + 1, i.batch + 1, total, i.batch)
     names = ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
-    space = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    buffers = dict(zip(names, counts, strict=True))
-    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(
-        space, kv_layout="HND", use_cuda_graph=True, backend=backend, **buffers
-    )
-    size = i.context + BLOCK
+    buffers = {n: torch.empty(size, dtype=torch.int32, device="cuda") for n, size in zip(names, sizes, strict=True)}
+    space = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
+    options: dict[str, Any] = {"use_cuda_graph": True, **buffers} if in_graph else {}
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(space, kv_layout="HND", backend=backend, **options)
     starts = torch.arange(i.batch + 1, dtype=torch.int32)
-    last_page = torch.full((i.batch,), size, dtype=torch.int32)
+    page_list, last_page = torch.arange(total, dtype=torch.int32), torch.full((i.batch,), PAGE, dtype=torch.int32)
     heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
     dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-    wrapper.plan(starts * BLOCK, starts, starts[:-1], last_page, *heads, size, causal=False, **dtypes)
+    wrapper.plan(starts * BLOCK, starts * pages, page_list, last_page, *heads, PAGE, causal=False, **dtypes)
     by_token = i.query.unflatten(2, (-1, BLOCK)).flatten(1, 2).transpose(1, 2).flatten(0, 1).contiguous()
+    paged = tuple(x.unflatten(2, (pages, PAGE)).transpose(1, 2).flatten(0, 1).contiguous() for x in (i.key, i.value))
 
     def run() -> Tensor:
-        return wrapper.run(by_token, (i.key, i.value))
+        return wrapper.run(by_token, paged)
 
     return run
 
@@ -180,6 +185,8 @@ KERNELS: dict[str, Callable[[Inputs], Call]] = {
     "cudnn-sdpa-packed": lambda i: sdpa(i, SDPBackend.CUDNN_ATTENTION),
     "flashinfer-fa2": lambda i: flashinfer(i, "fa2"),
     "flashinfer-auto": lambda i: flashinfer(i, "auto"),
+    "flashinfer-fa2, no graph": lambda i: flashinfer(i, "fa2", in_graph=False),
+    "flashinfer-auto, no graph": lambda i: flashinfer(i, "auto", in_graph=False),
 }
 
 
@@ -203,6 +210,20 @@ def captured(calls: list[Call]) -> Iterator[torch.cuda.CUDAGraph]:
             call()
     yield graph
     graph.reset()
+
+
+def launched_ms(calls: list[Call], repeats: int = 15) -> float:
+    """The same without a graph: launches show."""
+    times = []
+    for _ in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(calls))
+    return statistics.median(times[2:])
 
 
 def graph_ms(calls: list[Call], repeats: int = 15) -> float:
@@ -229,7 +250,8 @@ def measure_attention(shape: Shape, context: int, batch: int) -> Iterator[Row]:
         try:
             calls = [make(inputs) for inputs in sets]
             check(calls[0](), first)
-            yield Row(*facts, name, round(graph_ms(calls), 5), round(first.floor_ms(), 5))
+            measured = launched_ms(calls) if name.endswith("no graph") else graph_ms(calls)
+            yield Row(*facts, name, round(measured, 5), round(first.floor_ms(), 5))
         except (AssertionError, ImportError, RuntimeError, ValueError, TypeError) as error:  # peers fail in many ways
             yield Row(*facts, name, None, round(first.floor_ms(), 5), f"{type(error).__name__}: {error}"[:200])
 
@@ -246,13 +268,14 @@ class Block:
             torch.randn(*sizes, context, shape.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)
         )
         self.log_mass = torch.empty(*sizes, shape.rows, device="cuda")
-        self.mass = torch.empty(*sizes, -(-context // TILE), device="cuda")
+        self.tile = best_tile(self.query[0])
+        self.mass = torch.empty(*sizes, -(-context // self.tile), device="cuda")
         for layer in range(shape.layers):
             query, key, value = (x[layer] for x in (self.query, self.key, self.value))
-            seen = exact_attention(query, key, value, self.lengths, self.scale, tile=TILE)
+            seen = exact_attention(query, key, value, self.lengths, self.scale, tile=self.tile)
             assert seen.tile_log_mass is not None
             self.log_mass[layer] = seen.prefix_log_mass
-            self.mass[layer] = tile_mass(seen.tile_log_mass, seen.prefix_log_mass, self.lengths, TILE)
+            self.mass[layer] = tile_mass(seen.tile_log_mass, seen.prefix_log_mass, self.lengths, self.tile)
         self.last_tiles, self.last_mass = seen.tile_log_mass, seen.prefix_log_mass
         self.chosen = self.select()
         slots = (*sizes, BUDGET + BLOCK, shape.head_dim)
@@ -261,7 +284,7 @@ class Block:
     def select(self) -> Any:
         """The keys of all layers."""
         facts = (self.query, self.key, self.log_mass, self.mass, self.lengths, self.scale, BUDGET)
-        return select_keys(*facts, tile=TILE, impl="triton")
+        return select_keys(*facts, tile=self.tile, impl="triton")
 
     def operations(self) -> Iterator[tuple[str, list[Call], float]]:
         """(name, calls to time, bytes that must move); one call is all layers, or one layer where the name says so."""
@@ -319,7 +342,7 @@ class Block:
         )
         yield (
             "tile_mass, one layer",
-            [lambda: tile_mass(tiles, self.last_mass, n, TILE, impl="triton")] * 4,
+            [lambda: tile_mass(tiles, self.last_mass, n, self.tile, impl="triton")] * 4,
             tiles.numel() * 4,
         )
         yield (

@@ -22,20 +22,25 @@ def is_interpreted() -> bool:
 
 def why_not_triton(*tensors: Tensor) -> str | None:
     """Why Triton cannot run on these tensors, or None when it can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if any(x.requires_grad for x in tensors) and torch.is_grad_enabled():
         return "it has no backward, and an input requires a gradient"
-    dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+    is_bf16 = any(x.dtype == torch.bfloat16 for x in tensors)
+    return _why_not_here(tensors[0].device.type, tensors[0].device.index, is_bf16)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_here(device: str, index: int | None, is_bf16: bool) -> str | None:
+    """What the machine has to say; asked once while torch.compile traces."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
     if is_interpreted():
-        return f"Triton's interpreter computes wrong products in {torch.bfloat16}" if torch.bfloat16 in dtypes else None
-    device = tensors[0].device
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}"
-    if device.index != torch.cuda.current_device():
-        return f"the tensors are on {device}, but the current device is cuda:{torch.cuda.current_device()}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        return f"Triton's interpreter computes wrong products in {torch.bfloat16}" if is_bf16 else None
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    if index != torch.cuda.current_device():
+        return f"the tensors are on cuda:{index}, but the current device is cuda:{torch.cuda.current_device()}"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
     return None
 
 
@@ -71,13 +76,18 @@ def tensor_core_limit(*tensors: Tensor) -> str | None:
     """Why matrix products of these tensors cannot run in Triton, or None: bf16 and fp16 on a GPU, D up to 256."""
     if tensors[0].shape[-1] > MAX_HEAD_DIM:
         return f"head_dim {tensors[0].shape[-1]} is over {MAX_HEAD_DIM}"
-    dtypes = {x.dtype for x in tensors}
-    if len(dtypes) > 1:
-        return f"query, key and value have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    allowed = {torch.float16, torch.bfloat16} | ({torch.float32} if is_interpreted() else set())
-    if not dtypes <= allowed:
-        return f"it computes in bf16 and fp16, not in {dtypes.pop()}"  # a tensor core would round float32 to tf32
+    dtype = tensors[0].dtype
+    for other in tensors:
+        if other.dtype != dtype:
+            return f"query, key and value have different dtypes: {dtype} and {other.dtype}"
+    if dtype not in (torch.float16, torch.bfloat16) and not (dtype == torch.float32 and _multiplies_float32()):
+        return f"it computes in bf16 and fp16, not in {dtype}"  # a tensor core would round float32 to tf32
     return None
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_float32() -> bool:
+    return is_interpreted()
 
 
 _logged: set[tuple[str, str | None]] = set()

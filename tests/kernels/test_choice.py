@@ -64,8 +64,19 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device):
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(_op, (x, x, x, count, 0.3, x, x, 16), test_utils=utilities)
     torch.library.opcheck(small, (x, x, x, count.repeat(2, 1), 0.3, 2), test_utils=utilities)
-    compiled = torch.compile(lambda q, n: small_attention(q, q, q, n, 0.3, own=1)[0] + 1, backend="eager")
-    assert compiled(x, count.repeat(2, 1)).shape == x.shape
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+def test_compiles_without_graph_breaks(impl, device):
+    x = torch.randn(2, 2, 5, 16, dtype=torch.float16, device=device)
+    count = torch.tensor([3, 5], dtype=torch.int32, device=device)
+
+    def attend(q, n):
+        out = exact_attention(q, q, q, n, 0.3, impl=impl).out
+        return small_attention(out, q, q, n.repeat(2, 1), 0.3, own=1, impl=impl)[0] + 1
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, count), attend(x, count))
 
 
 def test_references_need_no_triton():

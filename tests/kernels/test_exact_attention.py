@@ -8,6 +8,14 @@ from mage_kernels.testing import check_error, eager_attention, random_tensor
 from mage_tune.decode.attention import attention_with_log_mass
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Short prefixes are cut into several parts too."""
+    from mage_kernels.exact_attention import triton
+
+    monkeypatch.setattr(triton, "MIN_PART", 16)
+
+
 def make(batch, heads, rows, capacity, dim, dtype, device, lengths, own=8):
     shapes = [(batch, heads, rows, dim), *[(batch, heads, capacity, dim)] * 2, *[(batch, heads, own, dim)] * 2]
     q, k, v, own_k, own_v = (random_tensor(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes))
@@ -76,14 +84,22 @@ def test_reference_equals_triton_in_everything_but_rounding(device):
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), atol=2e-3, rtol=0)
 
 
-def test_splits_fill_the_machine_and_never_exceed_the_tiles():
+def test_splits_fill_the_machine_and_never_exceed_the_most():
     from mage_kernels.exact_attention.triton import choose_splits
 
-    for columns, tiles in [(8, 64), (2, 1024), (64, 1024), (48, 2048), (300, 1024), (1, 1)]:
-        splits = choose_splits(columns, tiles, 132)
+    for columns, most in [(8, 16), (2, 256), (64, 256), (48, 64), (300, 256), (1, 1), (4, 0)]:
+        splits = choose_splits(columns, most, 132)
         programs = columns * splits
-        assert 1 <= splits <= tiles
-        assert splits == tiles or programs / (-(-programs // 132) * 132) > 0.9
+        assert 1 <= splits <= max(most, 1)
+        assert splits >= most or programs / (-(-programs // 132) * 132) > 0.9
+
+
+def test_three_warp_groups_only_where_they_waste_less():
+    from mage_kernels.exact_attention.hopper import choose_tiles
+
+    assert choose_tiles(16, 192, 0) == (192, 64, 3) == choose_tiles(16, 192, 64)
+    assert choose_tiles(16, 192, 128) == choose_tiles(32, 224, 0) == choose_tiles(64, 128, 0) == (128, 128, 2)
+    assert choose_tiles(2, 192, 0) == (128, 128, 2) and choose_tiles(32, 224, 64) == (128, 64, 3)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_every_key_chosen_is_exact_attention(device):
     torch.testing.assert_close(log_mass, exact.log_mass, atol=1e-4, rtol=0)
 
 
+def test_large_tiles_of_rows_say_the_same(device, monkeypatch):
+    from mage_kernels.small_attention import triton
+
+    q, caches, index, count, buffers, own = make(70, 40, 21, 8, 32, torch.float16, device, counts=((21, 3), (0, 12)))
+    monkeypatch.setattr(triton, "ONE_WAVE", 0)
+    check_rows(q, caches, index, count, own, 0.2, *small_attention(q, *buffers, count, 0.2, own=8, impl="triton"))
+
+
 @pytest.mark.parametrize("own", [-1, 13])
 def test_own_slots_must_exist(own):
     x = torch.zeros(1, 1, 12, 16)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mage_kernels.choice import choose, tensor_core_limit
-from mage_kernels.exact_attention import reference
+from mage_kernels.exact_attention import hopper, reference
 from mage_kernels.layout import check_counts, check_last_stride, check_rows, check_shape
 
 TILES = (16, 32, 64, 128)
@@ -30,6 +31,13 @@ class Attended(NamedTuple):
     tile_log_mass: Tensor | None
     """(batch, KV heads, ceil(capacity / tile), R): of each tile of the prefix; -inf also where a tile's mass
     underflows beside that of the tiles before it; arbitrary beyond ceil(length / tile)."""
+
+
+def best_tile(query: Tensor) -> int:
+    """The `tile` whose log masses cost `exact_attention` least for such queries, (batch, KV heads, R, D)."""
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] != 9 or query.shape[-2] <= 64:
+        return 64
+    return hopper.choose_tiles(query.shape[0] * query.shape[1], query.shape[2], 0)[1]
 
 
 def exact_attention(

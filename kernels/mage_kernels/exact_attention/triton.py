@@ -138,7 +138,8 @@ def merge_kernel(
 ):
     """BLOCK_M rows and BLOCK_V channels of one KV head: the parts of the prefix, its last keys, the block's own.
 
-    Latency is all that counts here, so BLOCK_S parts are read at a time, and the channels are spread over programs.
+    Latency is all that counts here: whatever does not depend on anything is read first, BLOCK_S parts are read at a
+    time, and the channels are spread over programs.
     """
     i_m, i_v, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -150,6 +151,14 @@ def merge_kernel(
     b_q = tl.load(
         query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d, mask=m_m[:, None] & (o_d < D), other=0.0
     )
+    if OWN > 0:
+        o_own = tl.arange(0, BLOCK_OWN)
+        m_own = o_own < OWN
+        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_own[:, None] * ok_row + o_d
+        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_own[:, None] * ov_row + o_v
+        b_own_k = tl.load(p_k, mask=m_own[:, None] & (o_d < D), other=0.0)
+        b_own_v = tl.load(p_v, mask=m_own[:, None] & (o_v < D), other=0.0)
+    length = tl.load(lengths + i_b)
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -167,7 +176,6 @@ def merge_kernel(
         b_acc = b_acc * b_old[:, None] + tl.sum(b_part * b_weight[:, :, None], 0)
         b_sum = b_sum * b_old + tl.sum(b_weight, 0)
         b_max = b_new
-    length = tl.load(lengths + i_b)
     tail = length // BLOCK_N * BLOCK_N
     if tail < length:
         o_n = tail + tl.arange(0, BLOCK_N)
@@ -183,13 +191,7 @@ def merge_kernel(
     o_row = i_bh * num_rows + o_m
     tl.store(prefix_log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
     if OWN > 0:
-        o_n = tl.arange(0, BLOCK_OWN)
-        m_n = o_n < OWN
-        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_n[:, None] * ok_row + o_d
-        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_n[:, None] * ov_row + o_v
-        b_k = tl.load(p_k, mask=m_n[:, None] & (o_d < D), other=0.0)
-        b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < D), other=0.0)
-        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
+        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
     p_out = out + o_row[:, None] * D + o_v
     tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & (o_v < D))
@@ -213,21 +215,24 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
     batch, heads, num_rows, head_dim = query.shape
     is_hopper = hopper.why_not(query, key, value, tile) is None
     if is_hopper:
-        block_m, num_warps, num_stages = hopper.rows_per_program(num_rows), 4, 2
-        block_n = tile or (64 if block_m == 192 else 128)
-        num_stages = 2 if block_n == 128 else 3
+        block_m, block_n, num_stages = hopper.choose_tiles(batch * heads, num_rows, tile)
+        num_warps = 4
     else:
         block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
         block_n, num_warps, num_stages = tile or 64, 8 if block_m >= 128 else 4, 3 if head_dim <= 128 else 2
     columns = batch * heads * triton.cdiv(num_rows, block_m)
-    num_splits = choose_splits(columns, max(1, key.shape[-2] // block_n), num_slots(query))
+    num_splits = choose_splits(columns, key.shape[-2] // MIN_PART, num_slots(query))
     return Plan(block_m, block_n, num_splits, num_warps, num_stages, is_hopper)
 
 
-def choose_splits(columns: int, tiles: int, slots: int, most: int = 128) -> int:
-    """Parts of the prefix: as few as fill the last wave of `slots` programs well; never more than there are tiles."""
+MIN_PART = 512
+"""Keys that a part should have at least: merging more parts costs more than their programs save (measured at 8K)."""
+
+
+def choose_splits(columns: int, most: int, slots: int) -> int:
+    """Parts of the prefix: as few as fill the last wave of `slots` programs well, 1 to `most`."""
     best, best_fill = 1, 0.0
-    for splits in range(1, max(1, min(tiles, most)) + 1):
+    for splits in range(1, min(most, slots) + 1):
         programs = columns * splits
         fill = programs / (triton.cdiv(programs, slots) * slots)
         if fill > best_fill + 0.04:  # more parts are more to merge: they must fill noticeably better

@@ -64,13 +64,17 @@ def probability_kernel(
         p_k = key + i_l * k_layer + i_b * k_batch + i_h * k_head + o_key[:, None] * k_row + o_d[None, :]
         b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         p_q = query + i_l * q_layer + i_b * q_batch + i_h * q_head + o_d[None, :]
+        b_sum = tl.zeros(
+            [BLOCK_M, BLOCK_N], tl.float32
+        )  # summed over rows at the end: a reduction costs more than this
         for i_m in range(0, num_rows, BLOCK_M):
             o_m = i_m + tl.arange(0, BLOCK_M)
             m_m = o_m < num_rows
             b_q = tl.load(p_q + o_m[:, None] * q_row, mask=m_m[:, None] & m_d[None, :], other=0.0)
             b_mass = tl.load(log_mass + i_row * num_rows + o_m, mask=m_m, other=float("inf")) * LOG2_E
             b_s = tl.dot(b_q, tl.trans(b_k))  # [BLOCK_M, BLOCK_N]
-            b_score += tl.sum(tl.exp2(b_s * qk_scale - b_mass[:, None]), 0)
+            b_sum += tl.exp2(b_s * qk_scale - b_mass[:, None])
+        b_score = tl.sum(b_sum, 0)
     b_score = tl.where(m_n, b_score / num_rows, 0.0)
     tl.store(score + i_row * size + o_slot, b_score, mask=o_slot < size)
 

@@ -46,7 +46,7 @@ def bounds_kernel(
 
 
 @triton.jit
-def load_row(p_q, o_m, num_rows, q_row, o_d, D: tl.constexpr):
+def load_rows(p_q, o_m, num_rows, q_row, o_d, D: tl.constexpr):
     """Rows o_m of the queries, zeros beyond the last."""
     return tl.load(
         p_q + o_m[:, None] * q_row + o_d[None, :], mask=(o_m < num_rows)[:, None] & (o_d < D)[None, :], other=0.0
@@ -54,8 +54,36 @@ def load_row(p_q, o_m, num_rows, q_row, o_d, D: tl.constexpr):
 
 
 @triton.jit
+def halves_kernel(
+    query,
+    halves,  # [batch * heads, 2, D] float32: sums over the rows of max(q, 0) and of min(q, 0)
+    num_rows,
+    q_batch,
+    q_head,
+    q_row,
+    num_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """All rows of one KV head."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    p_q = query + i_bh // num_heads * q_batch + i_bh % num_heads * q_head
+    b_up = tl.zeros([BLOCK_D], tl.float32)
+    b_down = tl.zeros([BLOCK_D], tl.float32)
+    for i_m in range(0, num_rows, BLOCK_M):
+        b_q = load_rows(p_q, i_m + tl.arange(0, BLOCK_M), num_rows, q_row, o_d, D).to(tl.float32)
+        b_up += tl.sum(tl.maximum(b_q, 0.0), 0)
+        b_down += tl.sum(tl.minimum(b_q, 0.0), 0)
+    tl.store(halves + i_bh * 2 * D + o_d, b_up, mask=o_d < D)
+    tl.store(halves + i_bh * 2 * D + D + o_d, b_down, mask=o_d < D)
+
+
+@triton.jit
 def score_kernel(
     query,
+    halves,  # read where FORM is "mean"
     low,
     high,
     lengths,
@@ -91,18 +119,14 @@ def score_kernel(
     b_low, b_high = tl.load(p_low, mask=m_pd, other=0.0), tl.load(p_high, mask=m_pd, other=0.0)  # [BLOCK_P, BLOCK_D]
     p_q = query + i_b * q_batch + i_h * q_head
     if FORM == "mean":
-        b_up = tl.zeros([BLOCK_D], tl.float32)
-        b_down = tl.zeros([BLOCK_D], tl.float32)
-        for i_m in range(0, num_rows, BLOCK_M):
-            b_q = load_row(p_q, i_m + tl.arange(0, BLOCK_M), num_rows, q_row, o_d, D).to(tl.float32)
-            b_up += tl.sum(tl.maximum(b_q, 0.0), 0)
-            b_down += tl.sum(tl.minimum(b_q, 0.0), 0)
+        b_up = tl.load(halves + i_bh * 2 * D + o_d, mask=o_d < D, other=0.0)
+        b_down = tl.load(halves + i_bh * 2 * D + D + o_d, mask=o_d < D, other=0.0)
         b_bound = b_up[None, :] * b_high.to(tl.float32) + b_down[None, :] * b_low.to(tl.float32)
         b_score = tl.sum(b_bound, 1)
     elif FORM == "matrix":
         b_score = tl.zeros([BLOCK_P], tl.float32)
         for i_m in range(0, num_rows, BLOCK_M):
-            b_q = load_row(p_q, i_m + tl.arange(0, BLOCK_M), num_rows, q_row, o_d, D)
+            b_q = load_rows(p_q, i_m + tl.arange(0, BLOCK_M), num_rows, q_row, o_d, D)
             b_s = tl.dot(tl.maximum(b_q, 0.0).to(b_q.dtype), tl.trans(b_high))  # [BLOCK_M, BLOCK_P]
             b_s = tl.dot(tl.minimum(b_q, 0.0).to(b_q.dtype), tl.trans(b_low), b_s)
             b_score += tl.sum(b_s, 0)
@@ -152,8 +176,17 @@ def page_scores(query: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page:
     num_pages = low.shape[-2]
     score = low.new_empty(low.shape[:-1], dtype=torch.float32)
     block_p = 32 if form == "rows" else 64
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    halves = torch.empty(batch * heads, 2, head_dim, dtype=torch.float32, device=query.device)
+    if form == "mean":
+        strides = query.stride()[:3]
+        halves_kernel[(batch * heads,)](
+            query, halves, num_rows, *strides, heads, D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m
+        )
     score_kernel[(triton.cdiv(num_pages, block_p), batch * heads)](
         query,
+        halves,
         low,
         high,
         lengths,
@@ -165,8 +198,8 @@ def page_scores(query: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page:
         *high.stride()[:3],
         num_heads=heads,
         D=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=min(64, max(16, triton.next_power_of_2(num_rows))),
+        BLOCK_D=block_d,
+        BLOCK_M=block_m,
         BLOCK_P=block_p,
         PAGE=page,
         FORM=form,

@@ -51,8 +51,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OWN: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
+    OWN,
     GATHER: tl.constexpr,
 ):
     """BLOCK_M rows of one KV head."""
@@ -67,23 +66,22 @@ def attend_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_k = key + i_b * k_batch + i_h * k_head + o_d[None, :]
-    p_v = value + i_b * v_batch + i_h * v_head + o_d[None, :]
-    for start in range(0, num_keys, BLOCK_N):
+    p_k = key + i_b * k_batch + i_h * k_head
+    p_v = value + i_b * v_batch + i_h * v_head
+    p_own_k = own_key + i_b * ok_batch + i_h * ok_head
+    p_own_v = own_value + i_b * ov_batch + i_h * ov_head
+    total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
+    for start in range(0, total, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < num_keys
-        o_row = tl.load(index + i_bh * k + o_n, mask=m_n, other=0).to(tl.int64) if GATHER else o_n
+        o_own = o_n - num_keys
+        m_n, m_front = o_n < total, o_n < num_keys
+        o_row = tl.load(index + i_bh * k + o_n, mask=m_front, other=0).to(tl.int64) if GATHER else o_n
+        p_key = tl.where(m_front, p_k + o_row * k_row, p_own_k + o_own * ok_row)[:, None] + o_d[None, :]
+        p_value = tl.where(m_front, p_v + o_row * v_row, p_own_v + o_own * ov_row)[:, None] + o_d[None, :]
         m_nd = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + o_row[:, None] * k_row, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_v = tl.load(p_v + o_row[:, None] * v_row, mask=m_nd, other=0.0)
+        b_k = tl.load(p_key, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(p_value, mask=m_nd, other=0.0)
         b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
-    if OWN > 0:
-        o_n = tl.arange(0, BLOCK_OWN)
-        m_nd = (o_n < OWN)[:, None] & m_d[None, :]
-        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_n[:, None] * ok_row + o_d[None, :]
-        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_n[:, None] * ov_row + o_d[None, :]
-        b_k, b_v = tl.load(p_k, mask=m_nd, other=0.0), tl.load(p_v, mask=m_nd, other=0.0)
-        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, o_n < OWN, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
     o_row = i_bh * num_rows + o_m
     tl.store(log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
@@ -101,8 +99,15 @@ class Plan(NamedTuple):
 
 
 def make_plan(batch_heads: int, num_rows: int, head_dim: int) -> Plan:
-    """Small tiles of rows, so that few heads still make many programs."""
-    return Plan(16, 128 if head_dim <= 128 else 64, 4, 2)
+    """Few rows per program, so that few heads still make many programs; more where 16 would not fit in one wave."""
+    stages = 3 if head_dim <= 128 else 2
+    if batch_heads * triton.cdiv(num_rows, 16) > ONE_WAVE and num_rows >= 64:
+        return Plan(64, 64, 4, stages)
+    return Plan(16, 64, 4, stages)
+
+
+ONE_WAVE = 264
+"""Programs of 16 rows that a large GPU runs at a time: two on each of 132 multiprocessors."""
 
 
 def launch(
@@ -119,7 +124,6 @@ def launch(
     """Attention over the front keys (listed, or the first ones) and the block's own, under a plan."""
     batch, heads, num_rows, head_dim = query.shape
     out, log_mass = outputs(query)
-    own = own_key.shape[-2]
     attend_kernel[(triton.cdiv(num_rows, plan.block_m), batch * heads)](
         query,
         key,
@@ -143,8 +147,7 @@ def launch(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        OWN=own,
-        BLOCK_OWN=max(16, triton.next_power_of_2(own)),
+        OWN=own_key.shape[-2],
         GATHER=index is not None,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
