@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +66,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     for row in sorted(rows, key=lambda r: (*map(str, cell(r)[:1]), *cell(r)[1:4], r["block_ms"])):
         table.add_row(
             row["model"],
-            f"{row['context'] // 1024}K" if row["context"] % 1024 == 0 else str(row["context"]),
+            _tokens(row["context"]),
             str(row["batch"]),
             f"{row['steps']}" + ("*" if row["acceptance"] == "threshold" else ""),
             label(row),
@@ -90,61 +92,75 @@ def _with_floor(ms: float | None, floor: float | None) -> str:
 def draw_plots(rows: list[Row], folder: Path) -> list[Path]:
     """Time per block against context, and speed-ups over each exact kernel at the longest context, per model and batch.
 
+    Only fixed steps, the most there are, by graphs. A plot that would show nothing is not drawn.
+
     Returns:
         The PNG files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
+    rows = [row for row in rows if row["acceptance"] == "static" and row["graph"]]
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
-        mine = [
-            r for r in rows if (r["model"], r["batch"]) == (model, batch) and r["acceptance"] == "static" and r["graph"]
-        ]
-        if not mine:
-            continue
+        mine = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
         steps = max(row["steps"] for row in mine)
         mine = [row for row in mine if row["steps"] == steps]
-        title = f"{model}, batch {batch}, S = {steps}, commit included"
-        name = f"{model}-b{batch}".replace("/", "-")
         for kind, draw in (("context", _draw_contexts), ("speedup", _draw_speedups)):
             figure = Figure(figsize=(7, 4.2), layout="constrained")
-            draw(figure, mine)
-            figure.suptitle(title)
-            files.append(folder / f"{name}-{kind}.png")
-            figure.savefig(files[-1], dpi=144)
+            if draw(figure.subplots(), mine):
+                figure.suptitle(f"{model}, batch {batch}, S = {steps}, commit included")
+                files.append(folder / f"{model}-b{batch}-{kind}.png")
+                figure.savefig(files[-1], dpi=144)
     return files
 
 
-def _draw_contexts(figure: Figure, rows: list[Row]) -> None:
-    axes = figure.subplots()
-    for name in dict.fromkeys(map(label, rows)):
-        points = sorted((row["context"], row["block_ms"]) for row in rows if label(row) == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+def _draw_contexts(axes: Axes, rows: list[Row]) -> bool:
+    """One line for everything timed at several contexts; exact ones dashed. Whether there was any."""
+    lines = {
+        name: sorted((row["context"], row["block_ms"]) for row in rows if label(row) == name)
+        for name in dict.fromkeys(map(label, rows))
+    }
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    for number, (name, points) in enumerate(lines.items()):
+        style = "--" if name.startswith("exact") else "-"
+        axes.plot(*zip(*points, strict=True), style, marker="osDv^<>P"[number % 8], color=f"C{number % 10}", label=name)
+    if not lines:
+        return False
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    contexts = sorted({row["context"] for row in rows})
-    axes.set_xticks(contexts, [f"{context // 1024}K" if context >= 1024 else str(context) for context in contexts])
+    contexts = sorted({context for points in lines.values() for context, _ in points})
+    axes.set_xticks(contexts, list(map(_tokens, contexts)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("ms per output block")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return True
 
 
-def _draw_speedups(figure: Figure, rows: list[Row]) -> None:
-    axes = figure.subplots()
+def _draw_speedups(axes: Axes, rows: list[Row]) -> bool:
+    """A group of bars for every sparse rule, one bar for every exact kernel. Whether there were both."""
     longest = max(row["context"] for row in rows)
     rows = [row for row in rows if row["context"] == longest]
     exact = [row for row in rows if row["rule"] == "exact"]
     sparse = sorted((row for row in rows if row["rule"] != "exact"), key=lambda row: row["block_ms"])
-    height = 0.8 / max(1, len(exact))
+    if not exact or not sparse:
+        return False
+    height = 0.8 / len(exact)
     for number, against in enumerate(exact):
         ratios = [against["block_ms"] / row["block_ms"] for row in sparse]
-        bars = axes.barh(
-            [i + number * height for i in range(len(sparse))], ratios, height, label=f"over {label(against)}"
-        )
+        places = [i + number * height for i in range(len(sparse))]
+        bars = axes.barh(places, ratios, height, label=f"over {label(against)}")
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(sparse))], list(map(label, sparse)))
     axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.margins(x=0.08)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times faster per block at {longest} tokens")
-    if exact:
-        axes.legend(fontsize=8)
+    axes.set_xlabel(f"times faster per block at {_tokens(longest)} tokens")
+    axes.legend(fontsize=8)
+    return True
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)

@@ -93,9 +93,7 @@ def bench(options: Options, console: Console | None = None) -> dict[str, Any]:
     if failed:
         raise ValueError(f"no speed without correctness: {'; '.join(failed)}")
     ceilings = measure_ceilings(device, dtype)
-    result: dict[str, Any] = {
-        "command": options.command,
-        "environment": environment(),
+    result: dict[str, Any] = header(options.command) | {
         "ceilings": asdict(ceilings),
         "cache": "random keys and values in place of a prompt's",
         "checks": [asdict(check) for check in checks],
@@ -110,6 +108,17 @@ def bench(options: Options, console: Console | None = None) -> dict[str, Any]:
     if options.plots is not None:
         draw_plots(result["rows"], options.plots)
     return result
+
+
+def header(command: str) -> dict[str, Any]:
+    """What stands on top of every file of results."""
+    versions = environment()
+    return {
+        "device": versions.pop("device"),
+        "commit": versions.pop("commit"),
+        "command": command,
+        "versions": versions,
+    }
 
 
 class Timer:
@@ -186,7 +195,7 @@ class Timer:
         )
         weights, cache = self._memory(case)
         engine = make_engine(case, weights, self.models[case.model].family, cache)
-        profile = {"environment": environment(), "case": asdict(case), **profile_steps(engine)}
+        profile = header(options.command) | {"case": asdict(case)} | profile_steps(engine)
         write_json(profile, options.profile)
 
     def _memory(self, case: Case) -> tuple[Weights, Cache]:
