@@ -5,8 +5,9 @@
 One layer's exact attention of a block of 32 over a long prefix (what an exact step does once per layer), and what MAGE
 adds once per block or once per sparse step. Every kernel is checked against float64 before it is timed; one that cannot
 run is named with its reason. Times are medians of CUDA-graph replays of several calls over different inputs, so that
-neither launches nor the L2 cache flatter anyone (FlashInfer is timed without a graph too). The most important rows come first, and measuring stops when the
-seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s, whichever takes longer (docs/performance.md).
+neither launches nor the L2 cache flatter anyone (FlashInfer is timed without a graph too). The most important rows come
+first, and measuring stops when the seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s, whichever
+takes longer (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def sdpa(inputs: Inputs, backend: SDPBackend) -> Call:
 
 
 def flashinfer(inputs: Inputs, backend: str, in_graph: bool = True) -> Call:
-    """FlashInfer's batched prefill over a paged cache; "auto" is what its users get (fa3 on Hopper).
+    """FlashInfer's batched prefill over a paged cache; "auto" is what its users get: fa3 on Hopper.
 
-    Its plan splits a prefix between pages and never inside one, so pages must be small for fa2 to split at all; keys and
+    Its plan splits a prefix between pages, never inside one, so pages must be small for fa2 to split at all; keys and
     values are copied to pages of 16, its usual size. Its plans for a graph and for single launches differ: both run.
     """
     library: Any = import_module("flashinfer")  # a peer to be compared with, no requirement of ours

@@ -19,6 +19,7 @@ collect_ignore_glob = [] if IS_INTERPRETED or HAS_GPU else ["test_[!i]*.py"]
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU every test here needs it; without one the full matrix is skipped."""
     for item in items:
