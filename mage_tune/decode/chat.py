@@ -260,7 +260,9 @@ class _LiveAnswer(_PlainAnswer):
         drawing.append_text(self._block(progress.block))
         kind = "sparse" if progress.is_sparse else "exact"
         state = f"step {progress.step}, {kind}" if progress.step else "new block"
-        self.live.update(Text("\n").join([drawing, Text(state, style="dim")]), refresh=True)
+        shown = Text("\n").join([drawing, Text(state, style="dim")])
+        shown.no_wrap, shown.overflow = False, "fold"  # whatever the console does with finished lines
+        self.live.update(shown, refresh=True)
 
     def _block(self, block: tuple[int, ...]) -> Text:
         """Decided tokens in colour, masked ones as shades."""

@@ -15,9 +15,9 @@ def talker(tiny_lm):
     return tiny_lm(block_size=4, vocab_size=264)
 
 
-def run(lm, *lines, terminal=False, **options):
+def run(lm, *lines, terminal=False, width=200, **options):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
+    console = Console(file=out, force_terminal=terminal, width=width, height=40, highlight=False, soft_wrap=True)
     chat(lm, console=console, lines=lines, **OPTIONS | options)
     return out.getvalue()
 
@@ -59,6 +59,13 @@ def test_a_terminal_sees_blocks_being_denoised(talker):
     assert "░░░" in text
     assert "step 1, exact" in text
     assert text.rstrip("\x1b[m0").endswith("(cut at 11 tokens)\n") or "(cut at 11 tokens)" in text
+
+
+def test_a_block_longer_than_the_line_is_drawn_whole(tiny_lm):
+    lm = tiny_lm(block_size=32, vocab_size=264)
+    text = run(lm, "Hello", terminal=True, width=10, max_new_tokens=40)
+    second = text.split("new ")[1].rsplit("\x1b[2K", 1)[1]  # as it is laid out, after the first was erased
+    assert second.count("░") == 31, "all its lines of shades (its first token is known), not one of ten"
 
 
 def test_commands(talker):
