@@ -84,12 +84,15 @@ class ExactAttention:
 
     frame: Frame
     kernel: ExactKernel
+    _seen: Tensor | None = field(default=None, init=False)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `forward.Attend`."""
         frame, cache = self.frame, self.frame.cache
+        if layer == 0 or self._seen is None:  # once per pass; wherever some layers are exact, the first is
+            self._seen = cache.lengths + frame.block_size
         rows = frame.append(layer, qkv, cache.keys[layer], cache.values[layer], cache.lengths)
-        return tokens_of(self.kernel.attend(layer, rows, cache.lengths + frame.block_size))
+        return tokens_of(self.kernel.attend(layer, rows, self._seen))
 
 
 class Observer(Protocol):

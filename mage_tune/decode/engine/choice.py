@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mage_kernels.compact import compact
-from mage_kernels.exact_attention import TILES, Attended
+from mage_kernels.exact_attention import TILES, Attended, best_tile
 from mage_kernels.key_scores import mean_logit, tile_mass
 from mage_kernels.select_keys import select_keys
 from mage_kernels.top_k import top_k
@@ -21,9 +21,6 @@ from mage_tune.blocks import round_up
 from mage_tune.decode.engine.attention import Frame
 from mage_tune.decode.engine.cache import KeptKeys
 from mage_tune.decode.rules import Mage, MeanQuery, Rule, SparseD, SparseDLLM
-
-BEST_TILE = 64
-"""Keys per tile of the exact pass's log-masses: at 128 it took 20.4 ms instead of 14.3 (1.5B, 128K, batch 8)."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +116,11 @@ class _KeepsRows(Chooser):
 class MageChooser(_KeepsRows):
     """Mean probability: tile masses from the exact pass itself, then the keys of the best tiles scored one by one."""
 
-    tile = BEST_TILE
+    tile: int
 
     def __init__(self, rule: Mage, frame: Frame) -> None:
         super().__init__(rule, frame)
+        self.tile = best_tile(self.queries[0])
         device, tiles = frame.weights.device, -(-frame.cache.capacity // self.tile)
         self.log_mass = torch.zeros(*self.heads, self.group_rows, device=device)
         self.mass = torch.zeros(*self.heads, tiles, device=device)
@@ -184,13 +182,14 @@ class SparseDLLMChooser(MeanQueryChooser):
 
 
 class SparseDChooser(Chooser):
-    """Mean probability of whole tiles, which the exact pass gives away (in tiles of its own, at most `BEST_TILE`)."""
+    """Mean probability of whole tiles, which the exact pass gives away (in tiles that suit it)."""
 
     def __init__(self, rule: SparseD, frame: Frame) -> None:
         super().__init__(rule, frame)
         if rule.page not in TILES:
             raise ValueError(f"sparsed in the decode engine needs tiles of {TILES} keys, not {rule.page}")
-        self.tile = min(rule.page, BEST_TILE)
+        rows = torch.empty(*self.heads[1:], self.group_rows, 1, device=frame.weights.device)
+        self.tile = min(rule.page, best_tile(rows))
         tiles = round_up(frame.cache.capacity, rule.page) // self.tile
         self.mass = torch.zeros(*self.heads, tiles, device=frame.weights.device)
 

@@ -109,7 +109,7 @@ class FlashInfer:
         counts = [torch.empty(n, dtype=torch.int32, device=device) for n in (batch + 1, batch + 1, most_pages, batch)]
         query_start, page_start, pages, last_page = counts
         self.wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            torch.empty(256 * 2**20, dtype=torch.uint8, device=device),
+            torch.empty(512 * 2**20, dtype=torch.uint8, device=device),
             kv_layout="HND",
             use_cuda_graph=True,
             qo_indptr_buf=query_start,
