@@ -12,7 +12,7 @@ from mage_tune.bench import run
 from mage_tune.bench.cases import RULES, Case, all_cases
 from mage_tune.bench.checks import Check
 from mage_tune.bench.floor import Ceilings, Load, Roofline
-from mage_tune.bench.report import draw_plots, label, print_table, strongest_exact
+from mage_tune.bench.report import draw_plots, print_table, row_label, strongest_exact
 from mage_tune.bench.run import Options, bench
 from mage_tune.cli import main
 from mage_tune.decode.engine.weights import QWEN_1_5B, QWEN_7B
@@ -195,8 +195,8 @@ def test_speed_ups_are_over_the_strongest_exact_kernel():
 
 def test_labels_name_what_differs():
     rows = [row(), row(kernel="sdpa"), row("mage"), row("mage", dense_layers=2), row("mage", graph=False)]
-    assert len({label(r) for r in rows}) == len(rows)
-    assert Case("7B", 64, 1, 8, "mage", dense_layers=2).label == label(row("mage", dense_layers=2))
+    assert len({row_label(r) for r in rows}) == len(rows)
+    assert Case("7B", 64, 1, 8, "mage", dense_layers=2).label == row_label(row("mage", dense_layers=2))
 
 
 def test_plots(tmp_path):

@@ -42,6 +42,13 @@ OWN_DENSE_LAYERS = {"quest": 2, "quest-gemm": 2, "quest-mean": 2, "tidal": 2}
 """Rules whose authors leave the first layers dense are timed so."""
 
 
+def label(rule: str, exact_kernel: str, dense_layers: int, is_graph: bool) -> str:
+    """What tells cases of one model, context and batch apart, for people."""
+    kernel = f" ({exact_kernel})" if rule == "exact" else ""
+    dense = f", {dense_layers} dense" if dense_layers else ""
+    return f"{rule}{kernel}{dense}" + ("" if is_graph else ", eager")
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the result."""
@@ -65,9 +72,7 @@ class Case:
     @property
     def label(self) -> str:
         """For people."""
-        kernel = f" ({self.exact_kernel})" if self.rule == "exact" else ""
-        dense = f", {self.dense_layers} dense" if self.dense_layers else ""
-        return f"{self.rule}{kernel}{dense}" + ("" if self.is_graph else ", eager")
+        return label(self.rule, self.exact_kernel, self.dense_layers, self.is_graph)
 
     def settings(self, family: Family) -> Settings:
         """How the engine is set up for it."""

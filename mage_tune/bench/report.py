@@ -12,6 +12,8 @@ from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
+from mage_tune.bench.cases import label
+
 Row = dict[str, Any]
 
 
@@ -22,11 +24,9 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def label(row: Row) -> str:
+def row_label(row: Row) -> str:
     """Rule, kernel, dense layers, eager or not."""
-    kernel = f" ({row['exact_kernel']})" if row["rule"] == "exact" else ""
-    dense = f", {row['dense_layers']} dense" if row["dense_layers"] else ""
-    return f"{row['rule']}{kernel}{dense}" + ("" if row["graph"] else ", eager")
+    return label(row["rule"], row["exact_kernel"], row["dense_layers"], row["graph"])
 
 
 def describe(row: Row) -> str:
@@ -34,7 +34,7 @@ def describe(row: Row) -> str:
     sparse = "" if row["sparse_ms"] is None else f", sparse step {row['sparse_ms']:.2f}"
     where = f"{row['model']} {row['context']} b{row['batch']} S={row['steps']}"
     block = f"block {row['block_ms']:.1f} ms (floor {row['floor_ms']:.1f})"
-    return f"{where} {label(row)}: {block}, exact step {row['exact_ms']:.2f}{sparse}"
+    return f"{where} {row_label(row)}: {block}, exact step {row['exact_ms']:.2f}{sparse}"
 
 
 def cell(row: Row) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ def print_table(rows: list[Row], console: Console) -> None:
             _tokens(row["context"]),
             str(row["batch"]),
             f"{row['steps']}" + ("*" if row["acceptance"] == "threshold" else ""),
-            label(row),
+            row_label(row),
             _with_floor(row["block_ms"], row["floor_ms"]),
             _with_floor(row["exact_ms"], row["exact_floor_ms"]),
             _with_floor(row["sparse_ms"], row["sparse_floor_ms"]),
@@ -116,8 +116,8 @@ def draw_plots(rows: list[Row], folder: Path) -> list[Path]:
 def _draw_contexts(axes: Axes, rows: list[Row]) -> bool:
     """One line for everything timed at several contexts; exact ones dashed. Whether there was any."""
     lines = {
-        name: sorted((row["context"], row["block_ms"]) for row in rows if label(row) == name)
-        for name in dict.fromkeys(map(label, rows))
+        name: sorted((row["context"], row["block_ms"]) for row in rows if row_label(row) == name)
+        for name in dict.fromkeys(map(row_label, rows))
     }
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     for number, (name, points) in enumerate(lines.items()):
@@ -151,9 +151,9 @@ def _draw_speedups(axes: Axes, rows: list[Row]) -> bool:
     for number, against in enumerate(exact):
         ratios = [against["block_ms"] / row["block_ms"] for row in sparse]
         places = [i + number * height for i in range(len(sparse))]
-        bars = axes.barh(places, ratios, height, label=f"over {label(against)}")
+        bars = axes.barh(places, ratios, height, label=f"over {row_label(against)}")
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(sparse))], list(map(label, sparse)))
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(sparse))], list(map(row_label, sparse)))
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.margins(x=0.08)
     axes.invert_yaxis()

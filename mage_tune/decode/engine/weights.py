@@ -164,7 +164,7 @@ class Weights:
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> Weights:
-    """A copy of a transformers model's weights, an attached adapter merged into it (tied and final ones are shared).
+    """A transformers model's weights, an attached adapter merged into a copy; what needs no merging is shared with it.
 
     Args:
         model: bare or with adapters; it is not changed.
