@@ -137,6 +137,20 @@ def test_no_speed_without_correctness(tiny_bench, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_kernel_that_is_wrong_is_left_out(tiny_bench, monkeypatch):
+    wrong = []
+
+    def check(name, device, dtype):
+        wrong.append(name)
+        return Check(f"{name}: logits", 2.0, 1.0)
+
+    monkeypatch.setattr(run, "check_kernel", check)
+    result, _ = tiny_bench(contexts=[128], rules=["exact"])
+    assert {r["exact_kernel"] for r in result["rows"]} == {"ours"}
+    assert len(wrong) == len(set(wrong)) == 3, "each is checked once"
+    assert {left["why"] for left in result["left_out"]} == {f"{name}: logits: 2 is more than 1" for name in wrong}
+
+
 def test_what_there_was_no_time_for_is_listed(tiny_bench):
     result, text = tiny_bench(seconds=-1.0)
     assert result["rows"] == [] and {left["why"] for left in result["left_out"]} == {"time is up"}
