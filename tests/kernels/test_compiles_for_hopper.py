@@ -1,4 +1,4 @@
-"""The Hopper kernel cannot be interpreted, but any machine can compile it: to the right instructions, without spills."""
+"""The Hopper kernel cannot be interpreted, but any machine can compile it: the right instructions, and no spills."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""When the prefix pass runs as the warp-specialised kernel of `hopper_kernel.py`, and how it is launched."""
+"""When the prefix pass runs as the warp-specialised kernel of `hopper_kernel.py`, and with which tiles."""
 
 from __future__ import annotations
 
@@ -36,41 +36,6 @@ def choose_tiles(batch_heads: int, num_rows: int, tile: int) -> tuple[int, int, 
     if tile != 128 and batch_heads >= 8 and wasted[192] < wasted[128]:
         return 192, 64, 3
     return (128, 64, 3) if tile == 64 else (128, 128, 2)
-
-
-def split_pass(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    part_out: Tensor,
-    part_mass: Tensor,
-    tile_mass: Tensor,
-    qk_scale: float,
-    block_m: int,
-    block_n: int,
-    num_splits: int,
-    num_stages: int,
-    with_tile_mass: bool,
-) -> None:
-    """Launch it: writes `part_out`, `part_mass` and `tile_mass` as `split_kernel` of triton.py does."""
-    from mage_kernels.exact_attention.hopper_kernel import launch
-
-    launch(
-        query,
-        key,
-        value,
-        lengths,
-        part_out,
-        part_mass,
-        tile_mass,
-        qk_scale,
-        groups=block_m // 64,
-        block_n=block_n,
-        num_splits=num_splits,
-        stages=num_stages,
-        with_tile_mass=with_tile_mass,
-    )
 
 
 @cache

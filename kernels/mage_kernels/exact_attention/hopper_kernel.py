@@ -234,7 +234,7 @@ def launch(
     stages: int,
     with_tile_mass: bool,
 ) -> None:
-    """See `hopper.split_pass`."""
+    """Write `part_out`, `part_mass` and `tile_mass` as `split_kernel` of triton.py does; 64 * groups rows a program."""
     batch, heads, num_rows, head_dim = query.shape
     capacity = key.shape[-2]
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[key.dtype]

@@ -324,7 +324,16 @@ def launch(
     block_d = max(16, triton.next_power_of_2(head_dim))
     inputs = (query, key, value, lengths, part_out, part_mass, tile_mass, scale * LOG2_E.value)
     if plan.is_hopper:
-        hopper.split_pass(*inputs, plan.block_m, plan.block_n, plan.num_splits, plan.num_stages, tile > 0)
+        from mage_kernels.exact_attention.hopper_kernel import launch as launch_hopper  # needs Gluon
+
+        launch_hopper(
+            *inputs,
+            groups=plan.block_m // 64,
+            block_n=plan.block_n,
+            num_splits=plan.num_splits,
+            stages=plan.num_stages,
+            with_tile_mass=tile > 0,
+        )
     else:
         split_kernel[(triton.cdiv(num_rows, plan.block_m), plan.num_splits, batch * heads)](
             *inputs,
