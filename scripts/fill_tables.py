@@ -108,10 +108,52 @@ def demo_table(file: str = "demo_cpu.json") -> str:
     return "\n".join(lines)
 
 
+def speed_table(file: str = "decode_h100.json") -> str:
+    """Time per output block at the longest context: exact attention by every kernel, other rules, mage."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    context, steps = 131072, 32
+
+    def block(model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0) -> float | None:
+        wanted = (model, batch, rule, kernel, dense, context, steps, True)
+        keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
+        found = [row["block_ms"] for row in record["rows"] if tuple(row[key] for key in keys) == wanted]
+        return found[0] if found else None
+
+    columns = {
+        "exact, FlashInfer auto": ("exact", "flashinfer-auto"),
+        "exact, flash SDPA": ("exact", "sdpa"),
+        "exact, ours": ("exact", "ours"),
+        "Quest, 2 dense layers": ("quest", "ours", 2),
+        "SparseD, 20 % / 30 %": ("sparsed", "ours"),
+        "mage, 2 dense layers": ("mage", "ours", 2),
+        "mage": ("mage", "ours"),
+    }
+    lines = [
+        f"| | {' | '.join(columns)} | mage against the fastest exact |",
+        "|---|" + "---:|" * (len(columns) + 1),
+    ]
+    for model, batch in (("1.5B", 1), ("1.5B", 8), ("7B", 1), ("7B", 8), ("SDAR-8B", 1)):
+        times = {label: block(model, batch, *arm) for label, arm in columns.items()}
+        exact = min(time for label, time in times.items() if label.startswith("exact") and time is not None)
+        cells = [f"{time:.0f}" if time is not None else "" for time in times.values()]
+        assert times["mage"] is not None
+        lines.append(f"| {model}, batch {batch} | {' | '.join(cells)} | {exact / times['mage']:.2f}x |")
+    versions = record["versions"]
+    lines += [
+        "",
+        f"Milliseconds per block of 32 tokens at {context // 1024}K tokens of context, {steps} steps and the commit, "
+        f"k = 512, bfloat16, CUDA graphs; random weights of the exact shapes and random keys. {record['device']}, "
+        f"torch {versions['torch']}, triton {versions['triton']}, FlashInfer {versions['flashinfer']}, "
+        f"commit {record['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment_table,
     "conversion": conversion_table,
     "demo": demo_table,
+    "speed": speed_table,
 }
 
 

@@ -53,7 +53,7 @@ from mage_tune.stream_loss import StreamLoss
 
 RECIPE = Path("recipes/smollm2-135m.yaml")
 RESULTS = Path("results/objectives.json")
-CHAT = Path("data/smollm2-chat/heldout.jsonl")
+CHAT = Path("recipes/data/smollm2-chat/heldout.jsonl")
 STEPS = 80
 """Optimizer steps of every arm: 2.6M tokens of data, at 16 rows of 2048."""
 BUDGETS = (32, 64, 128, 256, 512)

@@ -8,7 +8,8 @@
     generate    the function behind `lm.generate`; settings, prompts, writer and result are its parts
     chat        a conversation on a terminal or a pipe
     context     rope scaling, on request
+    engine/     the fast path: the same blocks from static buffers, kernels and CUDA graphs
 
-Arrows: chat -> generate -> writer -> steps -> rules -> attention -> cache. Everything here is plain PyTorch and the
-oracle of the kernels.
+Arrows: chat -> generate -> writer -> steps -> rules -> attention -> cache. Everything beside `engine` is plain PyTorch
+and the oracle of the kernels.
 """
