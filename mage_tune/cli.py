@@ -89,9 +89,14 @@ def train(
     if dry_run:
         typer.echo(resolved_yaml(loaded), nl=False)
         return
+    from mage_tune.stability import TrainingStopped
     from mage_tune.trainer import train as run
 
-    folder = run(loaded)
+    try:
+        folder = run(loaded)
+    except TrainingStopped as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(128 + stopped.signum) from None  # as a shell reports a process that a signal ended
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")
 
@@ -125,6 +130,7 @@ def generate(
     attention: Annotated[str, typer.Option(help="Who picks the keys of later steps: exact, mage, ...")] = "exact",
     budget: Annotated[int | None, typer.Option(help="Keys kept per KV head by a sparse rule.", min=1)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="By the decode engine: kernels and CUDA graphs.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write text block by block."""
@@ -144,6 +150,7 @@ def generate(
         steps=steps,
         attention=attention,
         budget=budget,
+        fast=fast,
     )
     typer.echo(out.text)
     forwards = ", ".join(f"{count} {kind}" for kind, count in out.forwards.items() if count)

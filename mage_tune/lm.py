@@ -54,8 +54,22 @@ class BlockDiffusionLM:
         hidden = hidden_states(self.model, input_ids, positions, StreamAttention(streams).attend)
         return output_head(self.model)(hidden)
 
-    def generate(self, prompt: Any, **options: Any) -> Generation:
-        """Write a continuation block by block; see `mage_tune.decode.generate.generate` for the options."""
+    def generate(self, prompt: Any, *, fast: bool = False, **options: Any) -> Generation:
+        """Write a continuation block by block; see `mage_tune.decode.generate.generate` for the options.
+
+        Args:
+            prompt: ids, text, chat messages, or a batch of them.
+            fast: by the decode engine (kernels and CUDA graphs; greedy; the weights are copied), the same text up to
+                rounding; see `mage_tune.decode.engine.generate.generate` for its options.
+            options: of one or the other.
+
+        Raises:
+            ValueError: a prompt or option that cannot work.
+        """
+        if fast:
+            from mage_tune.decode.engine.generate import generate as generate_fast
+
+            return generate_fast(self, prompt, **options)
         from mage_tune.decode.generate import generate
 
         return generate(self, prompt, **options)

@@ -48,6 +48,14 @@ def test_tokens_of_every_rule(engine_lm, prompts, family, rule):
         assert expected.tokens != lm.generate(batch, **COMMON).tokens
 
 
+def test_the_model_offers_it(engine_lm, prompts):
+    lm, batch = engine_lm("converted"), prompts(LENGTHS)
+    options = {"attention": "mage", "budget": 12} | COMMON
+    assert lm.generate(batch, fast=True, **options).tokens == lm.generate(batch, **options).tokens
+    with pytest.raises(ValueError, match="no option 'temperature'"):
+        lm.generate(batch, fast=True, temperature=1.0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,9 @@ def generate(
     Raises:
         ValueError: a prompt, option or model that the engine cannot serve.
     """
+    unknown = options.keys() - inspect.signature(engine_settings).parameters.keys()
+    if unknown:
+        raise ValueError(f"the decode engine has no option {sorted(unknown)[0]!r}; the plain decoder may (fast=False)")
     prompts, is_batch = read_prompts(lm, prompt)
     of_rule = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent}
     rule = make_rule(attention, **of_rule, **(rule_options or {}))
