@@ -204,6 +204,54 @@ def merge(
 
 
 @app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="Finished run folder.")],
+    repo: Annotated[str, typer.Option(metavar="NAMESPACE/NAME", help="Repository; created when it is missing.")],
+    base_id: Annotated[
+        str | None, typer.Option(metavar="NAMESPACE/NAME", help="Hub id of a base that was trained on from a folder.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, where the base model's card does not tell it.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created when it is missing.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Publish the whole merged model, not the adapter.")] = False,
+    collection: Annotated[str | None, typer.Option(metavar="SLUG", help="Collection to list it in.")] = None,
+    without_eval: Annotated[
+        bool, typer.Option("--without-eval", help="Publish an unevaluated run; the card will say so.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write RUN/publish, print files and card, send nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Ship it: adapter, recipe, evaluation and card to the Hub, in one commit."""
+    from mage_tune import publish as verb
+
+    options = verb.Options(
+        repo_id=repo,
+        base_id=base_id,
+        license=license,
+        private=private,
+        revision=revision,
+        merged=merged,
+        collection=collection,
+        without_eval=without_eval,
+        dry_run=dry_run,
+    )
+    publication = verb.prepare(run, options)
+    for name, size in publication.sizes.items():
+        typer.echo(f"{size / 1e6:10.3f} MB  {name}")
+    typer.echo(f"{sum(publication.sizes.values()) / 1e6:10.3f} MB  in all")
+    if dry_run:
+        typer.echo(f"\n{publication.card}")
+        typer.echo(f"written to {verb.write_dry_run(publication, run)}; nothing was sent")
+        return
+    commit = verb.publish(publication, options)
+    typer.echo(
+        f"published to {repo}, commit {commit}" if commit else f"{repo} holds all of this already; no commit made"
+    )
+
+
+@app.command()
 def bench(
     model: Annotated[
         list[str] | None, typer.Option(help="Published shape (1.5B, 7B, SDAR-8B) or a checkpoint; may be repeated.")

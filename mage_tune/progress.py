@@ -14,7 +14,7 @@ PLAIN_EVERY_S = 10.0
 
 
 class ProgressReporter(TrainerCallback):
-    """Shows step, loss, terms, speed and time left; only on the main process."""
+    """Inside `with`, shows step, loss, terms, speed and time left; only on the main process."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -22,6 +22,14 @@ class ProgressReporter(TrainerCallback):
         self.started = 0.0
         self.first_step = 0
         self.last_line = 0.0
+
+    def __enter__(self) -> ProgressReporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the terminal back, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
@@ -56,11 +64,6 @@ class ProgressReporter(TrainerCallback):
             left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
             self.console.print(f"step {state.global_step}/{state.max_steps} · {line} · {clock(left)} left")
             self.last_line = now
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar on screen."""
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def summary(logs: dict[str, Any]) -> str:

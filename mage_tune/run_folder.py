@@ -3,26 +3,33 @@
     recipe.yaml  versions.json  mage_tune.json  metrics.jsonl  checkpoints/
     adapter_config.json  adapter_model.safetensors
 
-The adapter's weights come last: their presence means that the run has finished.
+The adapter's weights come last: their presence means that the run has finished. A checkpoint is written under
+`checkpoints/.saving` and renamed when all of it is on the disk, so `checkpoint-N` is whole or not there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback
 
 from mage_tune.backbone import write_family
 from mage_tune.environment import environment
 from mage_tune.families import Family
 from mage_tune.recipe import Recipe, RecipeError, resolved_yaml
+from mage_tune.stability import NonFiniteError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 """Its presence at the top of a run folder means the run has finished."""
+
+STAGING = ".saving"
+"""Where a checkpoint lies while it is written; hidden names in `checkpoints/` are swept away by the next save."""
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
@@ -54,8 +61,66 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, or None: a run may be killed while it saves."""
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # this file comes last
-    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if whole else None
+    found = checkpoints(folder)
+    return str(found[-1]) if found else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every whole checkpoint, oldest first."""
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # the Trainer's last file
+    return sorted(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))
+
+
+def publish_checkpoint(staged: Path, folder: Path, keep: int) -> None:
+    """Give a checkpoint that was written aside its name in `folder`, then let the oldest ones beyond `keep` go.
+
+    A process killed at any moment, or a machine that loses power, leaves whole checkpoints only.
+    """
+    _sync(staged)
+    final = folder / staged.name
+    if final.exists():  # of a run that went on from an older checkpoint
+        _discard(final)
+    staged.rename(final)
+    _sync_entry(folder)
+    for old in checkpoints(folder)[:-keep]:
+        _discard(old)
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a failed or killed save left behind."""
+    for left in folder.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Take a checkpoint's name away before its files, as a half-deleted one looks whole."""
+    hidden = checkpoint.with_name(f".old-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a folder and all in it are on the disk."""
+    for path in folder.rglob("*"):
+        _sync_entry(path)
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file's content; a reader, even after a crash, finds the old or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    _sync_entry(temporary)
+    temporary.replace(path)
 
 
 def _without_resume(text: str) -> list[str]:
@@ -65,8 +130,8 @@ def _without_resume(text: str) -> list[str]:
 def write_facts(folder: Path, recipe: Recipe, family: Family) -> None:
     """recipe.yaml, versions.json and the family beside the adapter to come."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
-    (folder / "versions.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    _write_whole(folder / "recipe.yaml", resolved_yaml(recipe))
+    _write_whole(folder / "versions.json", json.dumps(environment(), indent=2) + "\n")
     write_family(folder, family)
 
 
@@ -74,17 +139,29 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter at the top of the run folder, weights last, so that their presence means "finished".
 
     Raises:
-        ValueError: a weight is not finite; nothing is written.
+        NonFiniteError: a weight is not finite; nothing is written.
+    """
+    refuse_non_finite(model)
+    temporary = folder / ".adapter"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process killed right here
+    model.save_pretrained(str(temporary))
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
+    _sync(temporary)
+    for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
+        file.rename(folder / file.name)
+    _sync_entry(folder)
+    temporary.rmdir()
+
+
+def refuse_non_finite(model: nn.Module) -> None:
+    """Make sure that every trained weight is finite.
+
+    Raises:
+        NonFiniteError: one is not; names it.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise ValueError(f"{name}: not finite after training; the adapter is not saved, checkpoints are kept")
-    temporary = folder / ".adapter"
-    model.save_pretrained(str(temporary))
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
-        file.rename(folder / file.name)
-    temporary.rmdir()
+            raise NonFiniteError(f"{name}: not finite; the adapter is not saved, earlier checkpoints are kept")
 
 
 class MetricsFile(TrainerCallback):
@@ -95,15 +172,13 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget steps that will be done again."""
-        if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept))
+        if state.is_world_process_zero and self.path.exists():
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            _write_whole(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One JSON object a line."""
         if state.is_world_process_zero and logs and "loss" in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs) + "\n")
-
-    def _lines(self) -> Iterator[str]:
-        yield from self.path.read_text().splitlines(keepends=True)

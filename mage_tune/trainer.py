@@ -2,15 +2,17 @@
 
 `MageTrainer` is transformers' Trainer with its loss replaced: one forward pass over the row's streams, and the weighted
 sum of the objective's terms. Every term is a sum over its items divided by the items of the whole optimizer step, so
-accumulation and several GPUs do not change the loss.
+accumulation and several GPUs do not change the loss. Its checkpoints appear whole or not at all.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -29,20 +32,51 @@ from mage_tune.data.collate import Collator
 from mage_tune.data.mixture import build_mixture, preview
 from mage_tune.progress import ProgressReporter
 from mage_tune.recipe import Recipe, Train
-from mage_tune.run_folder import MetricsFile, prepare_folder, save_adapter, write_facts
+from mage_tune.run_folder import (
+    STAGING,
+    MetricsFile,
+    last_checkpoint,
+    prepare_folder,
+    publish_checkpoint,
+    refuse_non_finite,
+    save_adapter,
+    sweep,
+    write_facts,
+)
+from mage_tune.stability import NonFiniteError, SpikeGuard, StopOnSignal, TrainingStopped, ignore_stop_signals
 from mage_tune.stream_loss import StreamLoss
+
+LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
+"""Times the median of the last steps at which a loss or a gradient norm is warned about; gradients vary more."""
+
+WRITE_FAILED = ("PytorchStreamWriter", "iostream error")
+"""Texts of the RuntimeErrors with which torch.save reports a write that failed."""
 
 
 class MageTrainer(Trainer):
-    """transformers' Trainer on stream rows; see the module's docstring."""
+    """transformers' Trainer on stream rows; see the module's docstring.
 
-    def __init__(self, *, stream_loss: StreamLoss, schedule: Train, **kwargs: Any) -> None:
+    Args:
+        stream_loss, schedule: the recipe's objective and optimisation.
+        sources: a name of each source of the data set, for messages about rows.
+        console: where warnings go.
+    """
+
+    def __init__(
+        self, *, stream_loss: StreamLoss, schedule: Train, sources: Sequence[str], console: Console, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.stream_loss = stream_loss
         self.schedule = schedule
+        self.sources = sources
+        self.console = console
         # Our loss is already divided by the items of the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._saving_to: Path | None = None
+        self._step_rows: list[int] = []
+        self._step_loss = 0.0
+        self._guards = SpikeGuard("loss", LOSS_SPIKE), SpikeGuard("gradient norm", GRADIENT_SPIKE)
         self._logged: dict[str, float] = defaultdict(float)
         self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
 
@@ -50,8 +84,16 @@ class MageTrainer(Trainer):
         """The data set is the schedule: its order is fixed by the recipe's seed."""
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's, with workers that outlive a signal to the whole process group."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = ignore_stop_signals  # in place of a seed: all randomness is the collator's own
+        return loader
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """(terms,) float64: items of every term over all micro-steps and processes of this optimizer step."""
+        self._step_rows, self._step_loss = [], 0.0
         if not batch_samples:
             return None
         items = torch.stack([self.stream_loss.items(batch) for batch in batch_samples]).sum(0).to(device)
@@ -64,14 +106,23 @@ class MageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Weighted sum of the objective's terms for one micro-step."""
+        """Weighted sum of the objective's terms for one micro-step.
+
+        Raises:
+            NonFiniteError: a term is NaN or infinite.
+        """
+        self._step_rows += inputs["rows"].tolist()
         items = self.stream_loss.items(inputs) if num_items_in_batch is None else num_items_in_batch
         with self.accelerator.autocast():  # the output head runs outside the model's own forward
             sums = self.stream_loss.sums(model, inputs)
         loss = torch.zeros((), device=inputs["input_ids"].device)
         for (name, weight), count in zip(self.stream_loss.weights.items(), items.tolist(), strict=True):
             value = sums[name] / max(count, 1.0)
-            self._logged[name] += value.item()
+            measured = value.item()
+            if not math.isfinite(measured):
+                raise NonFiniteError(self._about_step(f"{name} is {measured}", inputs["rows"].tolist()))
+            self._logged[name] += measured
+            self._step_loss += weight * measured
             loss = loss + weight * value
         if "sparse_share" in sums:
             self._logged["sparse_share"] += sums["sparse_share"].item() / self.args.gradient_accumulation_steps
@@ -79,6 +130,68 @@ class MageTrainer(Trainer):
         self._window["micro_steps"] += 1
         # Distributed engines average gradients over processes; the sums above are already over all of them.
         return loss * self.accelerator.num_processes
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm of this step, before the optimizer sees the gradient.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is None:  # the engine clips, and tells later
+            return None
+        if not math.isfinite(norm):
+            raise NonFiniteError(self._about_step(f"the gradient norm is {float(norm)}", self._step_rows))
+        for guard, value in zip(self._guards, (self._step_loss, float(norm)), strict=True):
+            spike = guard.check(value)
+            if spike and self.is_world_process_zero():
+                advice = "if it does not come down again, lower train.learning_rate"
+                self.console.print(f"warning: {self._about_step(spike, self._step_rows)}; {advice}", style="yellow")
+        return norm
+
+    def _about_step(self, what: str, rows: Sequence[int]) -> str:
+        """`what`, with the step and the rows of this process that it came from."""
+        chosen: Any = self.train_dataset
+        named = [f"{row} ({self.sources[chosen.source[row]]})" for row in rows]
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        return f"step {self.state.global_step + 1}: {what} on rows {shown}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer makes checkpoint folders: aside, as long as one is being written."""
+        return str(self._saving_to) if self._saving_to is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none; see `run_folder.publish_checkpoint`.
+
+        Raises:
+            NonFiniteError: a weight is not finite.
+            OSError: it could not be written, for example on a full disk; earlier ones are untouched.
+        """
+        refuse_non_finite(model)
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            sweep(folder)
+        self.accelerator.wait_for_everyone()
+        self._saving_to = folder / STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(
+                    folder / STAGING / f"checkpoint-{self.state.global_step}", folder, self.schedule.keep_checkpoints
+                )
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
+                raise
+            free = shutil.disk_usage(folder).free / 2**30
+            sweep(folder)  # a full disk needs the space
+            raise OSError(
+                f"step {self.state.global_step}: its checkpoint could not be written ({error}; {free:.1f} GiB free); "
+                f"the last whole one is {last_checkpoint(folder)}"
+            ) from error
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up, then the recipe's decay to `final_lr_share` of the peak."""
@@ -134,6 +247,8 @@ def train(recipe: Recipe) -> Path:
     Raises:
         RecipeError: the folder holds a finished run, or an unfinished one of another recipe.
         ValueError: checkpoint, data or family facts do not fit.
+        NonFiniteError: a loss, gradient or weight stopped being a number; the message names the step and its rows.
+        TrainingStopped: Ctrl-C or SIGTERM ended it early, with a checkpoint to go on from.
     """
     folder = Path(recipe.output or f"runs/{recipe.name}")
     checkpoint = prepare_folder(folder, recipe)
@@ -150,7 +265,16 @@ def train(recipe: Recipe) -> Path:
         console.print(preview(next(iter(dataset)), backbone.tokenizer))
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopOnSignal() as stop, ProgressReporter(console) as progress:
+        trainer.add_callback(stop)
+        trainer.add_callback(progress)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signum is not None and trainer.state.global_step < recipe.train.steps:
+        raise TrainingStopped(
+            f"stopped by {signal.Signals(stop.signum).name} after step {trainer.state.global_step} of "
+            f"{recipe.train.steps}; the same command goes on from {last_checkpoint(folder / 'checkpoints')}",
+            stop.signum,
+        )
     if trainer.is_world_process_zero():
         save_adapter(model, folder)
     return folder
@@ -218,7 +342,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
-        save_total_limit=settings.keep_checkpoints,
         dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
@@ -256,7 +379,9 @@ def build_trainer(
         train_dataset=dataset,
         stream_loss=loss,
         schedule=recipe.train,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressReporter(console)],
+        sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
+        console=console,
+        callbacks=[MetricsFile(folder / "metrics.jsonl")],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

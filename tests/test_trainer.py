@@ -516,7 +516,7 @@ def test_a_length_that_is_no_whole_number_of_the_checkpoints_blocks_is_refused(
 
 def test_an_adapter_that_is_not_finite_is_never_saved(recipe, monkeypatch):
     monkeypatch.setattr(stream_loss_module, "cross_entropy_sum", lambda *args: cross_entropy_sum(*args) * float("nan"))
-    with pytest.raises(ValueError, match="not finite after training"):
+    with pytest.raises(ValueError, match=r"step 1: diffusion is nan on rows 0 \(text .*ids\.npy\)"):
         train(recipe(train={"steps": 2}))
     folder = Path(recipe().output)
     assert not list(folder.glob("adapter*"))
