@@ -101,6 +101,28 @@ def train(
         typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")
 
 
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Set = None,
+    gpu: Annotated[str, typer.Option(help="Card: h100, h200, b200, a100, a100-40gb, l40s, rtx4090.")] = "h100",
+    memory_gib: Annotated[float | None, typer.Option(help="Memory of the card, where it has another.", min=0.1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Will it fit, and how long will it take: memory and time of a recipe, from its config alone, without a GPU."""
+    from rich.console import Console
+
+    from mage_tune import plan as planning
+    from mage_tune.recipe import load_recipe
+
+    found = planning.plan(load_recipe(find_recipe(recipe), overrides or ()), gpu, memory_gib)
+    if as_json:
+        typer.echo(planning.as_json(found))
+    else:
+        planning.show(found, Console())
+
+
 @app.command(name="eval")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")],

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 
-from mage_tune.backbone import Backbone, hidden_states, load_backbone, output_head, read_family
+from mage_tune.backbone import FAMILY_FILE, Backbone, hidden_states, load_backbone, output_head, read_family
 from mage_tune.families import Family
 from mage_tune.streams import RowStreams, StreamAttention
 
 if TYPE_CHECKING:
     from mage_tune.decode.generate import Generation
+
+CONFIG = "adapter_config.json"
+"""Its presence makes a folder or repository an adapter."""
 
 
 class BlockDiffusionLM:
@@ -90,18 +101,23 @@ def load(
     """Load a block-diffusion LM as published: a Hub-style folder or a Hub id, with or without an adapter.
 
     Args:
-        path: checkpoint folder or Hub id.
+        path: checkpoint folder or Hub id; or an adapter's (a run folder, say), whose own record then names the base.
         family: "fast_dllm_v2", "sdar" or "converted"; guessed from config.json, or from the adapter, when None.
         adapter: adapter folder or Hub id, attached unmerged.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
-        revision: Hub revision of the checkpoint.
+        revision: Hub revision of what `path` names.
         block_size, mask_id, stop_ids, pad_id: facts that hub configs may omit.
 
     Raises:
-        ValueError: the family or one of its facts cannot be told.
+        ValueError: the family or one of its facts cannot be told, or an adapter does not name its base.
         OSError: no such folder or repository.
     """
+    if adapter is not None:
+        adapter = adapter_folder(str(adapter)) or adapter
+    elif (found := adapter_folder(str(path), revision)) is not None:
+        adapter = found
+        path, revision = base_of(found)
     facts: dict[str, Any] = dict(block_size=block_size, mask_id=mask_id, stop_ids=stop_ids, pad_id=pad_id)
     record: str | Family | None = family
     known = read_family(adapter) if adapter is not None and family is None else None
@@ -111,6 +127,30 @@ def load(
         facts = {name: getattr(known, name) if fact is None else fact for name, fact in facts.items()}
     backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
     return from_backbone(backbone, adapter)
+
+
+def adapter_folder(path: str, revision: str | None = None) -> Path | None:
+    """The local folder of an adapter given as a folder or Hub id; None when `path` names something else."""
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / CONFIG).is_file() else None
+    try:
+        config = hf_hub_download(path, CONFIG, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        return None  # a checkpoint, or nothing at all, which loading it will say
+    snapshot_download(path, revision=revision, allow_patterns=["adapter_model.safetensors", FAMILY_FILE])
+    return Path(config).parent
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """Path or Hub id, and revision, of the base that an adapter was trained on.
+
+    Raises:
+        ValueError: the adapter does not say.
+    """
+    config = json.loads((adapter / CONFIG).read_text())
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"{adapter}: the adapter does not name its base model; load the base with adapter=")
+    return config["base_model_name_or_path"], config.get("revision")
 
 
 def from_backbone(backbone: Backbone, adapter: str | Path | None = None) -> BlockDiffusionLM:
