@@ -377,7 +377,7 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None) -> Path
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        merged.to(getattr(torch, saved_in)).save_pretrained(temporary)
+        merged.to(getattr(torch, saved_in)).save_pretrained(temporary, max_shard_size="5GB")
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
         for code in remote_code(base):

@@ -51,9 +51,7 @@ class Publication:
     @property
     def card(self) -> str:
         """README.md."""
-        card = self.files["README.md"]
-        assert isinstance(card, bytes)
-        return card.decode()
+        return contents.to_bytes(self.files["README.md"]).decode()
 
 
 def prepare(folder: Path, options: Options) -> Publication:
@@ -75,8 +73,9 @@ def prepare(folder: Path, options: Options) -> Publication:
     base = hub.find_base(api, base_id, trained_on, options.license, offline=options.dry_run)
     merged = merged_checkpoint(folder, str(trained_on) if trained_on.is_dir() else base_id) if options.merged else None
     files = contents.collect(run, base_id, merged)
+    recipe = contents.to_bytes(files["recipe.yaml"]).decode()
     report = contents.read_json(merged / "merge.json") if merged else None
-    files["README.md"] = make_card(run, base, options.repo_id, report).encode()
+    files["README.md"] = make_card(run, base, options.repo_id, recipe, report).encode()
     contents.refuse_leaks(files, folder, get_token())
     return Publication(files)
 

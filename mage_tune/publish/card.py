@@ -17,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mage_tune.evals.report import Section, headline, interval, number, sections, signed, summary
-from mage_tune.publish.contents import WEIGHTS, Run, is_hub_id, published_recipe
-from mage_tune.recipe import resolved_yaml
+from mage_tune.publish.contents import WEIGHTS, Run, is_hub_id
 
 VERDICTS = {"better": "✔ better", "worse": "✘ worse", "unclear": "~", "too few": "too few"}
 
@@ -58,13 +57,14 @@ class Metadata(BaseModel):
         return self
 
 
-def make_card(run: Run, base: Base, repo_id: str, merge_report: dict[str, Any] | None) -> str:
+def make_card(run: Run, base: Base, repo_id: str, recipe_yaml: str, merge_report: dict[str, Any] | None) -> str:
     """The card's whole text.
 
     Args:
         run: the run.
         base: its base model.
         repo_id: where it will be published.
+        recipe_yaml: the resolved recipe as it is published.
         merge_report: merge.json of a merged checkpoint; None for an adapter.
 
     Raises:
@@ -81,7 +81,7 @@ def make_card(run: Run, base: Base, repo_id: str, merge_report: dict[str, Any] |
         base=base,
         family=run.family,
         recipe=run.recipe,
-        recipe_yaml=resolved_yaml(published_recipe(run.recipe, base.id)),
+        recipe_yaml=recipe_yaml,
         terms=[name for name, term in run.recipe.objective.model_dump().items() if term["weight"]],
         rank=run.adapter["r"],
         versions=run.versions,

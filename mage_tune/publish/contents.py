@@ -193,6 +193,11 @@ def to_json(data: dict[str, Any]) -> bytes:
     return (json.dumps(data, indent=1) + "\n").encode()
 
 
+def to_bytes(content: Content) -> bytes:
+    """The whole of a file."""
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
 def size_of(content: Content) -> int:
     """Bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -220,7 +225,7 @@ def readable(name: str, content: Content) -> bytes:
     if isinstance(content, Path) and content.suffix == ".safetensors":
         with content.open("rb") as file:
             return file.read(int.from_bytes(file.read(8), "little"))
-    return content if isinstance(content, bytes) else content.read_bytes()
+    return to_bytes(content)
 
 
 def write_folder(files: dict[str, Content], out: Path) -> None:

@@ -37,7 +37,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from mage_tune.publish.card import Base
-from mage_tune.publish.contents import CONFIG, Content
+from mage_tune.publish.contents import CONFIG, Content, to_bytes
 
 
 class HubError(ValueError):
@@ -239,7 +239,7 @@ def is_same(content: Content, remote: RepoFile) -> bool:
     """Whether a file is on the Hub already, by the hash that the Hub knows it under."""
     if remote.lfs is not None:
         return sha256(content) == remote.lfs.sha256
-    data = content if isinstance(content, bytes) else content.read_bytes()
+    data = to_bytes(content)
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote.blob_id
 
 

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.publish.fake_hub import TOKEN, FakeHub
 
 from mage_tune.backbone import load_backbone, write_family
 from mage_tune.environment import environment
 from mage_tune.evals.run import evaluate
+from tests.publish.fake_hub import CARD, TOKEN, FakeHub
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# base\n"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where the tests of this folder are named on the command line, which is how maintainers use it."""
+    parser.addoption("--live-hub", metavar="NAMESPACE", help="publish to the real Hub, in this namespace")
+
 
 DRIVER = """
 import contextlib, io, json, sys, time
@@ -45,13 +50,13 @@ class Done:
 class Client:
     """A process of its own, with its own home, cache, token and endpoint."""
 
-    def __init__(self, url: str, home: Path, **settings: str) -> None:
+    def __init__(self, url: str | None, home: Path, **settings: str) -> None:
         home.mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         self.environment = kept | {
             "HOME": str(home),
             "HF_HOME": str(home / "hf"),
-            "HF_ENDPOINT": url,
+            **({"HF_ENDPOINT": url} if url else {}),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -72,14 +77,6 @@ class Client:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
-
-    def command(self, *arguments: str) -> Done:
-        """The real command in a process of its own."""
-        command = [sys.executable, "-m", "mage_tune.cli", *arguments]
-        done = subprocess.run(
-            command, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
 
     def run(self, *arguments: str) -> Done:
         """The command in the client's one long-lived process."""
@@ -122,6 +119,16 @@ def secret_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def client(server, secret_home):
     started = Client(server.url, secret_home)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def live_client(request, secret_home):
+    """A process that speaks to the real Hub, as the user of HF_TOKEN."""
+    if request.config.getoption("--live-hub", default=None) is None:
+        pytest.skip("needs --live-hub NAMESPACE and HF_TOKEN")
+    started = Client(None, secret_home / "live", HF_TOKEN=os.environ["HF_TOKEN"], HF_HUB_DISABLE_XET="0")
     yield started
     started.close()
 
@@ -179,6 +186,12 @@ def make_run(secret_home, tiny_adapter):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def unevaluated(make_run, base) -> Path:
+    """A finished run that was never evaluated."""
+    return make_run("unevaluated", base)
 
 
 @pytest.fixture(scope="session")

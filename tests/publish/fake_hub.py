@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 USER, ORGANISATION, TOKEN = "me", "my-org", "hf_" + "s3cr3tT0k3n" * 3
+CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# base\n"
+"""Of a base model."""
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 
 Files = dict[str, bytes]
@@ -65,6 +67,7 @@ class FakeHub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or every answer waits 40 ms for an acknowledgement
 
             def handle_one(self) -> None:
                 Exchange(hub, self).answer()

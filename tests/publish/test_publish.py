@@ -8,13 +8,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from tests.publish.fake_hub import TOKEN
 from transformers import AutoModelForCausalLM
 
 from mage_tune.lm import load
+from mage_tune.publish import Options, prepare
 from mage_tune.publish.card import check_metadata
 from mage_tune.publish.contents import is_hub_id, without_paths
+from mage_tune.publish.hub import HubError
 from mage_tune.recipe import load_recipe
+from tests.publish.fake_hub import CARD, TOKEN
 
 REPO = "me/tiny-mage"
 EVALUATED = {
@@ -27,6 +29,7 @@ EVALUATED = {
     "metrics.jsonl",
     "eval/results.json",
 }
+UNEVALUATED = EVALUATED - {"eval/results.json"}
 
 
 def arguments(run, *more, repo=REPO):
@@ -39,7 +42,7 @@ def commits(hub, repo=REPO, branch="main"):
 
 
 def is_whole(files):
-    return EVALUATED <= files.keys()
+    return files.keys() >= EVALUATED
 
 
 # --- what goes up ----------------------------------------------------------------------------------------------------
@@ -167,8 +170,8 @@ def test_metadata_that_the_hub_would_refuse_is_refused_here(change, field):
         check_metadata(good | change)
 
 
-def test_an_unevaluated_run_needs_a_flag_and_its_card_says_so(hub, client, make_run, base):
-    run = make_run("unevaluated", base)
+def test_an_unevaluated_run_needs_a_flag_and_its_card_says_so(hub, client, unevaluated):
+    run = unevaluated
     done = client.run(*arguments(run))
     assert (done.code, hub.requests) == (2, [])
     assert done.err == f"error: {run}: not evaluated; run mage-tune eval {run} first, or pass --without-eval\n"
@@ -192,9 +195,10 @@ assert lm.family.block_size == 8 and lm.tokenizer is not None
 base = AutoModelForCausalLM.from_pretrained("me/base")
 peft = PeftModel.from_pretrained(base, "me/tiny-mage").eval()
 found = {
-    "tuned": lm.logits(ids).tolist(),
+    "adapter": lm.logits(ids).tolist(),
     "peft": peft(input_ids=ids).logits.tolist(),
     "merged": mage_tune.load("me/whole").logits(ids).tolist(),
+    "stacked": mage_tune.load("me/tuned").logits(ids).tolist(),
 }
 card = Path(hf_hub_download("me/tiny-mage", "README.md")).read_text()
 exec(re.search(r"```python\\n(.*?)```", card, re.S)[1].replace("print(out.text)", ""))
@@ -203,37 +207,39 @@ print(json.dumps(found))
 """
 
 
-def test_round_trip_by_id_in_a_clean_process(hub, client, run_folder, base):
-    done = client.command(*arguments(run_folder))
+def test_round_trip_by_id_in_a_clean_process(hub, client, make_run, run_folder, base):
+    """The adapter; the same merged, as a conversion is published; and what was tuned on the local copy of that."""
+    done = client.run(*arguments(run_folder))
     assert (done.code, done.err) == (0, "")
-    assert client.run(*arguments(run_folder, "--merged", repo="me/whole")).code == 0
+    done = client.run(*arguments(run_folder, "--merged", repo="me/whole"))
+    assert (done.code, done.err) == (0, "")
+    whole = run_folder / "publish-merged"
+    tuned = make_run("tuned", whole, train_mask_embedding=True)
+    done = client.run("publish", str(tuned), "--repo", "me/tuned", "--base-id", "me/whole", "--without-eval")
+    assert (done.code, done.err) == (0, "")
+
+    found = json.loads(client.python(BACK).splitlines()[-1])
     ids = torch.arange(4, 36).view(2, 16)
     expected = load(base, adapter=run_folder).logits(ids)
-    found = json.loads(client.python(BACK).splitlines()[-1])
-    assert torch.equal(torch.tensor(found["tuned"]), expected)
+    assert torch.equal(torch.tensor(found["adapter"]), expected)
     torch.testing.assert_close(torch.tensor(found["merged"]), expected, rtol=0, atol=1e-4)
     assert not expected.allclose(load(base).logits(ids), atol=1e-2)
+    assert torch.equal(torch.tensor(found["stacked"]), load(whole, adapter=tuned).logits(ids))
     with torch.no_grad():
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run_folder).eval()
         assert torch.equal(torch.tensor(found["peft"]), plain(input_ids=ids).logits)
     assert 0 < found["quick start"] <= 16
 
 
-def test_an_adapter_tuned_on_a_merged_one_loads_by_id(hub, client, make_run, run_folder, base):
-    """A conversion is published merged; what is tuned on its local copy names that repository as its base."""
-    done = client.run(*arguments(run_folder, "--merged", repo="me/converted"))
-    assert (done.code, done.err) == (0, "")
-    card = ModelCard(commits(hub, "me/converted")[0].files["README.md"].decode())
+def test_merged_weights_have_a_card_of_their_own(hub, client, run_folder):
+    client.run(*arguments(run_folder, "--merged", repo="me/whole"))
+    [commit] = commits(hub, "me/whole")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "merge.json"} < commit.files.keys()
+    assert not {"adapter_config.json", "adapter_model.safetensors", "mage_tune.json"} & commit.files.keys()
+    card = ModelCard(commit.files["README.md"].decode())
     assert (card.data.base_model_relation, card.data.library_name) == ("finetune", "transformers")
+    assert "lora" not in card.data.tags
     assert re.search(r"largest difference \d\.\d\de-0[4-9], mean", card.text)
-    converted = run_folder / "publish-merged"
-    tuned = make_run("tuned", converted, train_mask_embedding=True)
-    done = client.run("publish", str(tuned), "--repo", "me/tuned", "--base-id", "me/converted", "--without-eval")
-    assert (done.code, done.err) == (0, "")
-    ids = torch.arange(4, 36).view(2, 16)
-    code = "import json, torch, mage_tune\nids = torch.arange(4, 36).view(2, 16)\n"
-    found = json.loads(client.python(code + "print(json.dumps(mage_tune.load('me/tuned').logits(ids).tolist()))"))
-    assert torch.equal(torch.tensor(found), load(converted, adapter=tuned).logits(ids))
 
 
 # --- early checks ----------------------------------------------------------------------------------------------------
@@ -321,45 +327,43 @@ def test_a_path_or_token_that_slipped_in_stops_everything(hub, client, run_folde
         assert TOKEN not in done.out + done.err
 
 
-def test_without_a_token(hub, client, run_folder):
-    done = client.python(
-        "import os; del os.environ['HF_TOKEN']\nfrom mage_tune.cli import main\n"
-        f"try: main({arguments(run_folder)!r})\nexcept SystemExit as done: print(done.code)"
-    )
-    assert (done, hub.requests) == ("2\n", [])
+def test_without_a_token(hub, run_folder, monkeypatch):
+    monkeypatch.setattr("mage_tune.publish.hub.get_token", lambda: None)
+    with pytest.raises(HubError, match=r"^no Hub token: log in \(hf auth login\) or set HF_TOKEN$"):
+        prepare(run_folder, Options(repo_id=REPO, base_id="me/base"))
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_breaks_the_second_run_completes_and_no_half_is_ever_seen(hub, server, client, run_folder, base):
-    client.run(*arguments(run_folder))
+def test_whatever_breaks_the_second_run_completes_and_no_half_is_ever_seen(hub, client, base, unevaluated):
+    command = arguments(unevaluated, "--without-eval")
+    client.run(*command)
     sequence = list(hub.requests)
-    assert any(path.endswith("/verify") for _, path in sequence)
+    assert sequence[0] == ("GET", "/api/whoami-v2")
     assert sequence[-1] == ("POST", f"/api/models/{REPO}/commit/main")
-    failed = 0
-    for number in range(len(sequence)):
-        for kind in ("drop", "drop answer", "500", "429", "slow"):
-            server.reset()
-            server.seed("me/base", base, "---\nlicense: mit\n---\n")
-            at = sequence[number][1]
+    assert sum(path.startswith("/lfs/") for _, path in sequence) == 2
+    for number, (method, path) in enumerate(sequence):
+        for kind in ("drop", "drop answer", "500", "429"):
+            hub.reset()
+            hub.seed("me/base", base, CARD)
             # From this request on it stays broken, so that the client's own retries do not hide it.
-            hub.fault = lambda i, method, path, n=number, at=at, kind=kind: kind if i >= n and path == at else None
-            done = client.run(*arguments(run_folder))
-            where = f"{kind} at {sequence[number]}: {done}"
-            if kind == "slow":
-                assert done.code == 0, where
-            elif done.code:
-                failed += 1
-                assert (done.code, done.err.count("\n")) == (2, 1), where
-                assert done.err.startswith("error: "), where
-            assert all(is_whole(commit.files) for commit in commits(hub)), where
-            hub.fault = lambda i, method, path: None
-            done = client.run(*arguments(run_folder))
+            hub.fault = lambda i, m, p, n=number, kind=kind: kind if i >= n else None
+            done = client.run(*command)
+            where = f"{kind} at {method} {path}: {done}"
+            assert (done.code, done.err.count("\n"), done.err[:7]) == (2, 1, "error: "), where
+            assert all(commit.files.keys() >= UNEVALUATED for commit in commits(hub)), where
+            hub.fault = lambda i, m, p: None
+            done = client.run(*command)
             assert done.code == 0, where
             [commit] = commits(hub)
-            assert is_whole(commit.files), where
-    assert failed >= 4 * (len(sequence) - 3)
+            assert commit.files.keys() == UNEVALUATED | {".gitattributes"}, where
+
+
+def test_a_slow_hub_is_waited_for(hub, client, unevaluated):
+    hub.fault = lambda number, method, path: "slow"
+    assert client.run(*arguments(unevaluated, "--without-eval")).code == 0
+    assert len(commits(hub)) == 1
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,7 @@ def test_a_change_between_reading_and_committing_is_not_overwritten(hub, client,
     hub.repos[REPO].branches["main"][-1].files.pop("metrics.jsonl")
 
     def meddle(number, method, path):
-        if path.endswith("/validate-yaml") or path.endswith("/preupload/main"):
+        if path.endswith("/preupload/main"):
             hub.repos[REPO].add("main", {"theirs.txt": b"hello"}, "theirs")
 
     hub.fault = meddle
@@ -425,10 +429,33 @@ def test_what_is_no_hub_id(text):
 
 # --- the real Hub ----------------------------------------------------------------------------------------------------
 
+CREATE = """
+from huggingface_hub import HfApi
+HfApi().create_repo("{base_id}", private=True)
+HfApi().upload_folder(repo_id="{base_id}", folder_path="{base}")
+"""
+LOAD = """
+import json, torch, mage_tune
+print(json.dumps(mage_tune.load("{repo}").logits(torch.arange(4, 36).view(2, 16)).tolist()))
+"""
+DELETE = """
+from huggingface_hub import HfApi
+for repo in ("{base_id}", "{repo}"):
+    HfApi().delete_repo(repo, missing_ok=True)
+"""
 
-def test_live_hub(request, run_folder, monkeypatch):
-    """For maintainers: pytest tests/publish -k live --live-hub NAMESPACE, with HF_TOKEN set; cleans up after itself."""
-    namespace = request.config.getoption("--live-hub")
-    if namespace is None:
-        pytest.skip("needs --live-hub NAMESPACE and a token")
-    request.getfixturevalue("live_round_trip")(namespace, run_folder)
+
+def test_live_hub(request, live_client, base, run_folder):
+    """For maintainers: HF_TOKEN=... pytest tests/publish -k live_hub --live-hub NAMESPACE; it leaves nothing behind."""
+    namespace = request.config.getoption("--live-hub", default=None)
+    names = {"base": base, "base_id": f"{namespace}/mage-tune-live-base", "repo": f"{namespace}/mage-tune-live"}
+    command = ["publish", str(run_folder), "--repo", names["repo"], "--base-id", names["base_id"], "--private"]
+    try:
+        live_client.python(CREATE.format(**names))
+        done = live_client.run(*command, "--license", "apache-2.0")
+        assert (done.code, done.err) == (0, "")
+        assert "no commit made" in live_client.run(*command, "--license", "apache-2.0").out
+        found = torch.tensor(json.loads(live_client.python(LOAD.format(**names)).splitlines()[-1]))
+        assert torch.equal(found, load(base, adapter=run_folder).logits(torch.arange(4, 36).view(2, 16)))
+    finally:
+        live_client.python(DELETE.format(**names))
