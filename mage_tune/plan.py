@@ -1,0 +1,546 @@
+"""Will it fit, and how long will it take: a run's memory and time from its recipe and a config.json, without a GPU.
+
+**Memory.** Activations are counted tensor by tensor: what autograd keeps of one decoder layer for its backward pass,
+times tokens of all streams, times layers (or, with checkpointing, the layer's input times layers plus one whole
+layer). The peak is where the loss starts its backward pass, or where the first layer is recomputed. No constant is
+fitted. Against runs of SmolLM2-135M on one H100 (torch 2.11, transformers 5.17, peak_gib of the caching allocator):
+
+    rows x streams x 2048 tokens, rank                        measured   predicted
+    16 x 2, 36, mask embedding (conversion)                   44.8 GiB   44.7 (-0.4 %)
+    8 x 3, 32, query and attention alignment                  38.8 GiB   38.0 (-2.2 %)
+    4 x 4, 32, the same and sparse cross-entropy, budget 128  28.2 GiB   27.6 (-2.0 %)
+    16 x 2, 36, frozen weights in float32                     51.6 GiB   51.5 (-0.2 %)
+
+None of them recomputes activations: what `train.checkpointing` saves is not yet compared with a measurement.
+
+**Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of other
+cards), attention at FlexAttention's usual rates, everything between them as memory traffic, and never less than the
+host needs to launch it all. Two constants are fitted to the steps above, `TRAFFIC` to 16 rows of conversion (0.541 s),
+`LAUNCH_S` to 4 rows of it (0.24 s); the others then come out at 0.44 for 0.495 s, 0.48 for 0.47 s and 0.61 for 0.634 s
+per micro-step. FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that
+repeats or measures (recompute, adapter weights, sparse scoring, the teacher's pass) takes time and does not count for
+utilisation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from mage_tune.blocks import TILE, round_up
+from mage_tune.data.collate import Collator
+from mage_tune.families import Family, apply_config, get_family, guess_family
+from mage_tune.recipe import Recipe
+from mage_tune.stream_loss import StreamLoss
+from mage_tune.streams import RowStreams
+
+GIB = 2**30
+CHUNK = 4096
+"""Rows projected to logits at once (`objectives.cross_entropy_sum`)."""
+SCORED_BLOCKS = 16
+"""Blocks scored at once for sparse distillation (`selection.choose_keys`)."""
+USABLE = 0.93
+"""Share of a card's memory a plan may fill; the rest is for CUDA's context and fragmentation."""
+GEMM_SHARE = 737 / 989
+"""Highest rate of a matrix product over the card's peak, as measured on an H100."""
+FLEX_SHARE = (400 / 989, 280 / 989)
+"""FlexAttention's forward and backward rate over the peak, on an H100."""
+TRAFFIC = 25.0
+"""Times a kept byte is read or written in forward and backward; fitted, see the module's docstring."""
+LAUNCH_S, LAUNCH_PER_TERM = 0.008, 1 / 3
+"""Seconds the host needs per layer and micro-step, and what each auxiliary term adds to it; fitted likewise."""
+AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet: GiB, dense bfloat16 TFLOP/s, TB/s of memory."""
+
+    gib: float
+    tflops: float
+    tb_per_s: float
+
+
+CARDS = {
+    "h100": Card(79.1, 989, 3.35),
+    "h200": Card(139.8, 989, 4.8),
+    "b200": Card(178.0, 2250, 8.0),
+    "a100": Card(79.1, 312, 2.0),
+    "a100-40gb": Card(39.4, 312, 1.55),
+    "l40s": Card(44.4, 362, 0.86),
+    "rtx4090": Card(23.5, 165, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder of the Llama or Qwen kind."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    head_norms: bool = False
+
+    @property
+    def query_size(self) -> int:
+        """Numbers of a token's queries, all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of a token's keys, all heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one decoder layer."""
+        hidden, inner, query, key = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all decoder layers' linear layers."""
+        return self.num_layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, output head included."""
+        extra = 2 * self.hidden_size + 2 * self.head_dim * self.head_norms
+        extra += (self.query_size + 2 * self.key_size) * self.qkv_bias
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return tables + self.linear_parameters + self.num_layers * extra + self.hidden_size
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a plan: how much, and what it is made of."""
+
+    name: str
+    amount: float
+    made_of: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will need. Memory in GiB, time in seconds, FLOP in TFLOP; per device."""
+
+    recipe: str
+    card: str
+    card_gib: float
+    parameters: int
+    adapter_parameters: int
+    adapter_mib: float
+    streams: str
+    tokens_per_step: int
+    stream_tokens_per_step: int
+    memory: list[Item]
+    peak_gib: float
+    fits: bool
+    longest_length: int
+    time: list[Item]
+    step_s: float
+    model_tflop_per_step: float
+    utilisation: float
+    tokens: int
+    hours: float
+    advice: str
+
+
+def plan(recipe: Recipe, card_name: str = "h100", memory_gib: float | None = None) -> Plan:
+    """Predict a recipe's memory and time on one card.
+
+    Args:
+        recipe: the recipe; of its model only config.json is read.
+        card_name: a key of `CARDS`.
+        memory_gib: memory of the card, where it has another.
+
+    Raises:
+        ValueError: unknown card, or the config does not tell a supported shape or family.
+        OSError: no config at the model's path.
+    """
+    if card_name not in CARDS:
+        raise ValueError(f"--gpu {card_name}: unknown; known are {', '.join(CARDS)} (--memory-gib for another size)")
+    card = CARDS[card_name] if memory_gib is None else replace(CARDS[card_name], gib=memory_gib)
+    shape, family = read_model(recipe)
+    estimate = Estimate(recipe, shape, family)
+    memory, time = list(estimate.memory()), list(estimate.time(card))
+    peak, step_s = (sum(item.amount for item in items) for items in (memory, time))
+    settings, adapter = recipe.train, estimate.adapter_parameters
+    tokens = settings.rows * settings.accumulation * recipe.data.length
+    model_tflop = estimate.model_flop() / 1e12
+    return Plan(
+        recipe=recipe.name,
+        card=card_name,
+        card_gib=card.gib,
+        parameters=shape.parameters,
+        adapter_parameters=adapter,
+        adapter_mib=4 * adapter / 2**20,
+        streams=estimate.stream_names,
+        tokens_per_step=tokens,
+        stream_tokens_per_step=estimate.tokens * settings.accumulation,
+        memory=memory,
+        peak_gib=peak,
+        fits=peak <= USABLE * card.gib,
+        longest_length=longest_length(recipe, shape, family, card),
+        time=time,
+        step_s=step_s,
+        model_tflop_per_step=model_tflop,
+        utilisation=model_tflop / step_s / card.tflops,
+        tokens=tokens * settings.steps,
+        hours=step_s * settings.steps / 3600,
+        advice=_advice(recipe, shape, family, card, peak),
+    )
+
+
+def read_model(recipe: Recipe) -> tuple[Shape, Family]:
+    """Sizes and family of a recipe's model, from its config alone.
+
+    Raises:
+        ValueError, OSError: see `plan`.
+    """
+    model = recipe.model
+    if model.random_weights is not None:
+        sizes = model.random_weights.model_dump(exclude={"architecture", "max_positions"})
+        sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // sizes["num_heads"]
+        assert model.record is not None  # the recipe asks for a family
+        return Shape(**sizes, **_extras(model.random_weights.architecture)), model.record
+    assert model.path is not None
+    config, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
+    if not config:
+        raise OSError(f"{model.path}: no config.json there")
+    family = guess_family(config) if model.family is None else apply_config(get_family(model.family), config)
+    family = family.with_overrides(block_size=model.block_size)
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        shape = Shape(
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            **_extras(family.architecture or config["model_type"]),
+        )
+    except KeyError as missing:
+        raise ValueError(f"{model.path}: config.json does not tell {missing}") from missing
+    return shape, family
+
+
+def _extras(architecture: str) -> dict[str, bool]:
+    name = architecture.lower()
+    return {"qkv_bias": "qwen2" in name, "head_norms": "qwen3" in name}
+
+
+def longest_length(recipe: Recipe, shape: Shape, family: Family, card: Card) -> int:
+    """Tokens of the longest row that fits the card with everything else as the recipe says; 0 if none does."""
+    fitting, too_long = 0, 2**22 // TILE
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        data = recipe.data.model_copy(update={"length": middle * TILE})
+        candidate = Estimate(recipe.model_copy(update={"data": data}), shape, family)
+        is_fitting = sum(item.amount for item in candidate.memory()) <= USABLE * card.gib
+        fitting, too_long = (middle, too_long) if is_fitting else (fitting, middle)
+    return fitting * TILE
+
+
+def _advice(recipe: Recipe, shape: Shape, family: Family, card: Card, peak: float) -> str:
+    if peak <= USABLE * card.gib:
+        return ""
+    if recipe.train.checkpointing == "off":
+        settings = recipe.train.model_copy(update={"checkpointing": "non_reentrant"})
+        leaner = Estimate(recipe.model_copy(update={"train": settings}), shape, family)
+        needed = sum(item.amount for item in leaner.memory())
+        return f"with train.checkpointing=non_reentrant it needs {needed:.1f} GiB"
+    return "lower train.rows (raise train.accumulation as much) or data.length"
+
+
+class Estimate:
+    """Bytes and FLOP of one micro-step on one device; see the module's docstring."""
+
+    def __init__(self, recipe: Recipe, shape: Shape, family: Family) -> None:
+        self.recipe, self.shape, self.family = recipe, shape, family
+        needs = StreamLoss(recipe.objective).collator_needs()
+        collator = Collator(family, recipe.seed, **needs)
+        length = round_up(recipe.data.length, max(TILE, family.block_size))
+        self.row = RowStreams(
+            length, family.block_size, sparse=collator.sparse_stream, mask=collator.mask_stream, noisy=collator.views
+        )
+        self.rows = recipe.train.rows
+        self.tokens = self.rows * self.row.total
+        self.is_recomputed = recipe.train.checkpointing != "off"
+        # A plan is for a GPU, where "auto" is bfloat16.
+        self.compute_bytes = 4 if recipe.train.precision == "float32" else 2
+        self.weight_bytes = 4 if recipe.model.dtype == "float32" else 2
+        self.residual_bytes = max(self.weight_bytes, self.compute_bytes)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained parameters."""
+        shape, adapter = self.shape, self.recipe.adapter
+        sizes = [shape.linears[name] for name in self._targets]
+        per_layer = sum(self._rank * (inputs + outputs) + outputs * adapter.dora for inputs, outputs in sizes)
+        return shape.num_layers * per_layer + shape.hidden_size * adapter.train_mask_embedding
+
+    @property
+    def _targets(self) -> list[str]:
+        named = self._initial.get("target_modules") or self.recipe.adapter.targets or self.family.lora_targets
+        unknown = set(named) - set(self.shape.linears)
+        if unknown:
+            raise ValueError(f"adapter.targets: cannot plan for {', '.join(sorted(unknown))}")
+        return sorted(named)
+
+    @property
+    def _rank(self) -> int:
+        return int(self._initial.get("r") or self.recipe.adapter.rank)
+
+    @property
+    def _initial(self) -> dict[str, Any]:
+        start = self.recipe.adapter.init_from
+        file = Path(start or "") / "adapter_config.json"
+        return json.loads(file.read_text()) if start and file.is_file() else {}
+
+    @property
+    def stream_names(self) -> str:
+        """Streams of a row in words."""
+        row = self.row
+        names = ["sparse"] * row.sparse + ["all-mask"] * row.mask + ["noisy"] * row.noisy + ["clean"]
+        return " + ".join(names)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> Iterator[Item]:
+        """Components of the peak, in GiB."""
+        shape, adapter = self.shape, self.adapter_parameters
+        kind = {2: "bfloat16", 4: "float32"}[self.weight_bytes]
+
+        def item(name: str, size: float, made_of: str) -> Item:
+            return Item(name, size / GIB, made_of)
+
+        yield item("weights", self.weight_bytes * shape.parameters, f"{shape.parameters / 1e9:.3f} G in {kind}")
+        if self.weight_bytes > self.compute_bytes and not self.is_recomputed:
+            size = self.compute_bytes * shape.linear_parameters
+            yield item("cast weights", size, "linear layers once more in bfloat16, kept for their input gradients")
+        yield item("adapter", 4 * adapter, f"{adapter / 1e6:.2f} M in float32")
+        yield item("gradients", 4 * adapter, "of the adapter, float32")
+        yield item("optimizer", 8 * adapter, "two AdamW moments, float32")
+        kept = self.layer_bytes()
+        if self.is_recomputed:
+            kept = float(self.residual_bytes * shape.hidden_size * self.tokens)
+        what = f"{self.tokens:,} tokens x {shape.num_layers} layers x {kept / self.tokens / 1024:.1f} KiB"
+        name, note = ("checkpoints", ", each layer's input") if self.is_recomputed else ("activations", "")
+        yield item(name, kept * shape.num_layers, what + note)
+        yield item("terms", self._terms_bytes(), "what alignment and the sparse stream keep per layer")
+        yield item("last hidden", self._last_bytes(), "final norm and its output")
+        yield item("flex mask", self._mask_bytes(), f"tile lists of {self.row.exact.total // TILE} x itself")
+        phases = dict(self._phases())
+        largest = max(phases, key=lambda name: phases[name])
+        yield item(f"at the peak: {largest}", phases[largest], "the largest of what is held for a moment only")
+
+    def layer_bytes(self) -> float:
+        """What autograd keeps of one decoder layer, sparse stream and alignment apart.
+
+        Per token: float32 input of both norms; their output where adapters read it; q, k, v, attention output and
+        log-sum-exp; gate, silu, up and, where an adapter reads it, their product; the adapters' inner vectors.
+        """
+        shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
+        readers = [len(targets & group) for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})]
+        if self.residual_bytes == size:  # a float32 residual is cast for every adapter on its own
+            readers = [min(count, 1) for count in readers]
+        norms = 2 * 4 * shape.hidden_size + sum(readers) * size * shape.hidden_size
+        attention = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_heads
+        feed_forward = (3 + ("down_proj" in targets)) * size * shape.intermediate_size
+        inner = size * self._rank * len(targets)
+        return float(self.tokens * (norms + attention + feed_forward + inner))
+
+    def _terms_bytes(self) -> float:
+        """Kept by alignment and the sparse stream; with recompute only one layer's at a time."""
+        layers = 1 if self.is_recomputed else self.shape.num_layers
+        terms = self.recipe.objective
+        alignment, sparse = terms.attention_alignment, terms.sparse_distillation
+        total = 0.0
+        if alignment.weight > 0:
+            seen = max(layers - alignment.skip_layers, 1)
+            total += seen * 4 * self._alignment_pairs()  # the all-mask probabilities, float32
+        if sparse.weight > 0:
+            seen = max(layers - sparse.dense_layers, 1)
+            total += seen * self._sparse_bytes()
+        return total
+
+    def _alignment_pairs(self) -> float:
+        """Probabilities of one layer's sampled blocks: rows x heads x positions x clean keys."""
+        blocks = min(self.recipe.objective.attention_alignment.blocks, self.row.length // self.row.block_size)
+        return self.rows * self.shape.num_heads * blocks * self.row.block_size * self.row.length
+
+    def _sparse_bytes(self) -> float:
+        """One layer: packed queries and output, chosen and own keys and values with indices, flex's own output."""
+        shape, size, row = self.shape, self.compute_bytes, self.row
+        budget = self.recipe.objective.sparse_distillation.budget or 0
+        slots = (budget + row.block_size) / row.block_size  # chosen and own keys for one position of a block
+        per_token = 2 * size * shape.query_size + 2 * size * slots * shape.key_size
+        per_token += 8 * shape.num_kv_heads * budget / row.block_size
+        exact = size * shape.query_size * row.exact.total
+        return self.rows * (row.length * per_token + exact)
+
+    def _last_bytes(self) -> float:
+        return self.tokens * self.shape.hidden_size * (4 + self.residual_bytes)
+
+    def _mask_bytes(self) -> float:
+        return 4 * 4 * (self.row.exact.total / TILE) ** 2  # full and partial lists, by row and by column, int32
+
+    def _phases(self) -> Iterator[tuple[str, float]]:
+        """Moments that may be the peak, and what each holds beside all the above."""
+        shape, size = self.shape, self.compute_bytes
+        sparse = self.recipe.objective.sparse_distillation
+        logits = min(CHUNK, max(self._predictions(), 1.0)) * shape.vocab_size
+        # log-softmax, its gradient's input and output in float32; KL holds both sides, their ratio and product
+        yield "cross-entropy of a chunk", 12 * logits
+        if sparse.weight > 0:
+            if sparse.kl_weight > 0:
+                yield "KL of a chunk", 20 * logits
+            keys = self.row.length * SCORED_BLOCKS * self.row.block_size
+            yield "sparse scoring", self.rows * shape.num_heads * keys * (8 + size)
+        # in the feed-forward: gradients by way of weight and adapter, and their sum; the residual's on either side
+        backward = self.tokens * (3 * size * shape.intermediate_size + 2 * self.residual_bytes * shape.hidden_size)
+        yield "backward of a layer", backward + (self.layer_bytes() if self.is_recomputed else 0.0)
+
+    def _predictions(self) -> float:
+        """Rows projected to logits in a micro-step, about: the masked share of the noisy streams."""
+        noise = self.family.noise
+        share = noise.all_mask_share + (1 - noise.all_mask_share) * (noise.low + noise.high) / 2
+        streams = 1.0 if self.row.noisy == 2 else share * (self.row.noisy + self.row.sparse)
+        return self.rows * self.row.length * streams
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def model_flop(self) -> float:
+        """FLOP of an optimizer step that count for utilisation."""
+        forward, backward = self._attention_flop()
+        linear = 4 * (self.shape.linear_parameters + self.adapter_parameters) * self.tokens
+        return self.recipe.train.accumulation * (linear + self._head_flop(4) + forward + backward)
+
+    def _head_flop(self, per_weight: int) -> float:
+        return per_weight * self.shape.vocab_size * self.shape.hidden_size * self._predictions()
+
+    def _attention_flop(self) -> tuple[float, float]:
+        """(forward, input gradient) of exact and sparse attention, all layers."""
+        shape, row = self.shape, self.row
+        blocks, size = row.length // row.block_size, row.block_size
+        pairs = (row.exact.total // row.length) * size * size * blocks * (blocks + 1) / 2
+        if row.sparse:
+            budget = self.recipe.objective.sparse_distillation.budget or 0
+            pairs += row.length * (min(budget, row.length) + size)
+        forward = 4 * shape.query_size * pairs * self.rows * shape.num_layers
+        return forward, 2 * forward
+
+    def time(self, card: Card) -> Iterator[Item]:
+        """Parts of an optimizer step, in seconds."""
+        parts = list(self._device_time(card))
+        yield from parts
+        terms = sum(getattr(self.recipe.objective, name).weight > 0 for name in AUXILIARY)
+        launches = LAUNCH_S * (1 + LAUNCH_PER_TERM * terms) * (4 / 3 if self.is_recomputed else 1)
+        host = self.recipe.train.accumulation * self.shape.num_layers * launches
+        waiting = max(host - sum(part.amount for part in parts), 0.0)
+        yield Item("waiting for the host", waiting, f"it needs {host:.2f} s to launch the kernels")
+
+    def _device_time(self, card: Card) -> Iterator[Item]:
+        steps, shape, peak = self.recipe.train.accumulation, self.shape, card.tflops * 1e12
+        passes = 6 if self.is_recomputed else 4
+        adapter_passes = passes + 2  # their weights have gradients too
+        linear: float = (passes * shape.linear_parameters + adapter_passes * self.adapter_parameters) * self.tokens
+        linear += self._head_flop(6)  # chunks of logits are always computed twice
+        rate = GEMM_SHARE * peak
+        what = "forward, recompute, input gradient" if self.is_recomputed else "forward, input gradient"
+        yield Item(
+            "linear layers", steps * linear / rate, f"{steps * linear / 1e12:.0f} TFLOP ({what}) at {rate / 1e12:.0f}"
+        )
+        forward, backward = self._attention_flop()
+        forward *= 2.0 if self.is_recomputed else 1.0
+        seconds = forward / (FLEX_SHARE[0] * peak) + backward * 1.25 / (FLEX_SHARE[1] * peak)  # scores once more
+        rates = " and ".join(f"{share * card.tflops:.0f}" for share in FLEX_SHARE)
+        yield Item("attention", steps * seconds, f"{steps * (forward + backward) / 1e12:.0f} TFLOP at {rates}")
+        kept = self.layer_bytes() * shape.num_layers
+        moved = kept * TRAFFIC * (4 / 3 if self.is_recomputed else 1) + 40 * shape.vocab_size * self._predictions()
+        bandwidth = 0.8 * card.tb_per_s * 1e12
+        yield Item(
+            "memory traffic", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB at {bandwidth / 1e12:.1f} TB/s"
+        )
+        yield from self._term_time(rate, bandwidth)
+
+    def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
+        """Extra work of the auxiliary terms."""
+        steps, shape, terms = self.recipe.train.accumulation, self.shape, self.recipe.objective
+        alignment, sparse = terms.attention_alignment, terms.sparse_distillation
+        if alignment.weight > 0:
+            layers = max(shape.num_layers - alignment.skip_layers, 0)
+            moved = layers * self._alignment_pairs() * 4 * 2 * 10  # ten float32 passes on either side
+            yield Item("attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB")
+        if sparse.weight > 0:
+            layers = max(shape.num_layers - sparse.dense_layers, 0)
+            pairs = self.rows * shape.num_heads * self.row.length**2
+            moved = layers * pairs * 4 * 7
+            yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
+            if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
+                flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length
+                yield Item("teacher", steps * flop / rate, f"{steps * flop / 1e12:.0f} TFLOP, forward of two streams")
+
+
+def as_json(found: Plan) -> str:
+    """The plan for machines."""
+    return json.dumps(asdict(found), indent=2)
+
+
+def show(found: Plan, console: Console) -> None:
+    """The plan for people: what it needs, and what every number is made of."""
+    console.print(
+        f"[bold]{found.recipe}[/] on one {found.card}: {found.parameters / 1e9:.2f} G parameters, adapter "
+        f"{found.adapter_parameters / 1e6:.1f} M ({found.adapter_mib:.0f} MiB), streams {found.streams}",
+        highlight=False,
+    )
+    console.print(_table("memory", "GiB", found.memory, found.peak_gib))
+    console.print(_table("time of a step", "s", found.time, found.step_s))
+    verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    lines = [
+        f"{verdict}: {found.peak_gib:.1f} of {USABLE * found.card_gib:.1f} GiB usable; longest row that fits: "
+        f"{found.longest_length:,} tokens",
+        f"{found.tokens_per_step:,} tokens of data a step ({found.stream_tokens_per_step:,} through the model), "
+        f"{found.tokens_per_step / found.step_s:,.0f} tokens/s, model FLOP utilisation {found.utilisation:.0%}",
+        f"{found.tokens / 1e6:.1f} M tokens in {found.hours:.2f} h",
+    ]
+    for line in (*lines, *([found.advice] if found.advice else [])):
+        console.print(line, highlight=False)
+
+
+def _table(title: str, unit: str, items: list[Item], total: float) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column(unit, justify="right")
+    table.add_column("made of")
+    for item in items:
+        table.add_row(item.name, f"{item.amount:.2f}", item.made_of)
+    table.add_row("[bold]in all[/]", f"[bold]{total:.2f}[/]", "")
+    return table

@@ -1,0 +1,265 @@
+"""The plan of a run: its counts against real models, its memory against what autograd keeps and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from mage_tune.backbone import attach_adapter, hidden_states, random_backbone
+from mage_tune.cli import app
+from mage_tune.families import get_family
+from mage_tune.plan import CARDS, USABLE, Estimate, Shape, plan
+from mage_tune.recipe import Recipe, load_recipe
+from mage_tune.trainer import leave_casts_to_autocast
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = Shape(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)
+LAYER = {"hidden_size": 64, "intermediate_size": 160, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24}
+
+
+def make_recipe(**sections) -> Recipe:
+    """A recipe of a small random model; sections are merged into it."""
+    parts = {
+        "name": "test",
+        "eval": {"dense_layers": 0},
+        "model": {"family": "converted", "mask_id": 5, "stop_ids": [1], "pad_id": 0, "random_weights": LAYER},
+        "data": {"length": 256, "sources": [{"kind": "text", "path": "text.txt"}]},
+    }
+    return Recipe.model_validate({**parts, **{name: parts.get(name, {}) | part for name, part in sections.items()}})
+
+
+def smollm2(recipe: Path, **sections) -> Estimate:
+    """The shipped recipe on SmolLM2's sizes, with changed sections."""
+    loaded = load_recipe(recipe)
+    merged = loaded.model_dump() | {name: loaded.model_dump()[name] | part for name, part in sections.items()}
+    return Estimate(Recipe.model_validate(merged), SMOLLM2, get_family("converted"))
+
+
+def peak(estimate: Estimate) -> float:
+    return sum(item.amount for item in estimate.memory())
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapter", [{}, {"rank": 3, "targets": ["q_proj", "down_proj"]}, {"dora": True}])
+def test_parameters_are_those_of_the_real_model_and_adapter(architecture, tied, adapter):
+    shape = LAYER | {"architecture": architecture, "tie_embeddings": tied, "num_layers": 2}
+    model = {"random_weights": shape}
+    recipe = make_recipe(model=model, adapter=adapter | {"train_mask_embedding": tied})
+    found = plan(recipe)
+    sizes = recipe.model.random_weights.model_dump()
+    backbone = random_backbone(sizes, "converted", dtype="float32", device="cpu", mask_id=5, stop_ids=(1,), pad_id=0)
+    assert found.parameters == sum(p.numel() for p in backbone.model.parameters())
+    peft = attach_adapter(backbone, **recipe.adapter.model_dump())
+    assert found.adapter_parameters == sum(p.numel() for p in peft.parameters() if p.requires_grad)
+    assert found.adapter_mib == found.adapter_parameters * 4 / 2**20
+
+
+def test_published_sizes():
+    published = {"7B": (3584, 18944, 28, 28, 4, 152064, False), "1.5B": (1536, 8960, 28, 12, 2, 151936, True)}
+    for name, (hidden, inner, layers, heads, kv_heads, vocab, tied) in published.items():
+        shape = Shape(vocab, hidden, inner, layers, heads, kv_heads, 128, tied, qkv_bias=True)
+        assert shape.parameters == {"7B": 7615616512, "1.5B": 1543714304}[name]
+    assert SMOLLM2.parameters == 134515008
+
+
+def test_model_flop_are_two_per_multiply_add_forward_and_input_gradient():
+    """By hand: 3 blocks of 128 tokens, two streams, untied head; the sums of a small case."""
+    layer = LAYER | {"num_layers": 2, "vocab_size": 512}
+    recipe = make_recipe(
+        model={"random_weights": layer, "block_size": 128},
+        data={"length": 384},
+        adapter={"rank": 1, "targets": ["q_proj"]},
+        train={"rows": 2, "accumulation": 3},
+    )
+    estimate = Estimate(recipe, Shape(512, 64, 160, 2, 4, 2, 24, True), recipe.model.record)
+    tokens = 2 * 2 * 384
+    weights = 2 * (64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 160) + 2 * (64 + 96)
+    predictions = 2 * 384 * (0.15 + 0.85 / 2)  # converted: 15 % of the blocks all masked, the others by half
+    pairs = 2 * 2 * 128 * (128 + 256 + 384)  # rows x streams x what the blocks see
+    expected = 4 * weights * tokens + 4 * 512 * 64 * predictions + 12 * 4 * 24 * pairs * 2
+    assert estimate.model_flop() == pytest.approx(3 * expected)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class LikeFlex(torch.autograd.Function):
+    """Attention that keeps what FlexAttention keeps: q, k, v, output and log-sum-exp, in autocast's precision."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.clone()
+        ctx.save_for_backward(query, key, value, out, query[..., 0].float())
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
+
+
+def kept_bytes(layers: int, length: int, weights: str, targets: list[str]) -> int:
+    """Bytes that autograd keeps in the forward pass of a real model, parameters apart, each storage once."""
+    sizes = LAYER | {"num_layers": layers, "architecture": "llama", "vocab_size": 64, "max_positions": 4096}
+    shape = sizes | {"tie_embeddings": True}
+    backbone = random_backbone(shape, "converted", dtype=weights, device="cpu", mask_id=5, stop_ids=(1,), pad_id=0)
+    model = attach_adapter(backbone, rank=4, alpha=8.0, targets=targets, train_mask_embedding=True)
+    leave_casts_to_autocast(model)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned and tensor.numel() >= length:  # (small: adapters cast to bfloat16)
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(6, 64, (1, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        out = hidden_states(
+            model.train(), ids, torch.arange(length)[None], lambda layer, q, k, v, scaling: LikeFlex.apply(q, k, v)
+        )
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "o_proj"]])
+def test_a_layer_is_counted_as_autograd_keeps_it(weights, targets):
+    length, names = 4096, targets or list(get_family("converted").lora_targets)
+    recipe = make_recipe(
+        model={"dtype": weights}, data={"length": length // 2}, adapter={"rank": 4, "targets": targets}
+    )  # two streams
+    shape = Shape(256, 64, 160, 4, 4, 2, 24, True)
+    counted = Estimate(recipe, shape, recipe.model.record).layer_bytes()
+    measured = kept_bytes(3, length, weights, names) - kept_bytes(2, length, weights, names)
+    assert counted == pytest.approx(measured, rel=0.03)
+
+
+ALIGNED_AND_SPARSE = {
+    "objective": {"sparse_distillation": {"weight": 1.0, "budget": 128, "kl_weight": 0.0}},
+    "train": {"rows": 4, "accumulation": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "measured"),
+    [
+        ("smollm2-135m-convert", {}, 44.80),
+        ("smollm2-135m", {}, 38.83),
+        ("smollm2-135m", ALIGNED_AND_SPARSE, 28.2),
+        ("smollm2-135m-convert", {"model": {"dtype": "float32"}}, 51.6),
+    ],
+)
+def test_peaks_measured_on_an_h100(name, sections, measured):
+    """docs/log.md and results/*.json; the bar of issue 6 is 10 %, these are within 3."""
+    assert peak(smollm2(ROOT / "recipes" / f"{name}.yaml", **sections)) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "measured"),
+    [
+        ("smollm2-135m-convert", {}, 0.541),
+        ("smollm2-135m-convert", {"train": {"rows": 4, "accumulation": 5}}, 1.2),
+        ("smollm2-135m", {}, 0.99),
+        ("smollm2-135m", ALIGNED_AND_SPARSE, 1.88),
+    ],
+)
+def test_step_times_measured_on_an_h100(name, sections, measured):
+    estimate = smollm2(ROOT / "recipes" / f"{name}.yaml", **sections)
+    assert sum(item.amount for item in estimate.time(CARDS["h100"])) == pytest.approx(measured, rel=0.15)
+
+
+def test_recomputing_keeps_a_layer_input_each_and_one_whole_layer():
+    recipe = ROOT / "recipes" / "smollm2-135m-convert.yaml"
+    plain, lean = smollm2(recipe), smollm2(recipe, train={"checkpointing": "non_reentrant"})
+    items = {item.name.partition(":")[0]: item.amount for item in lean.memory()}
+    assert items["checkpoints"] == 65536 * 30 * 2 * 576 / 2**30
+    assert items["at the peak"] > lean.layer_bytes() / 2**30
+    assert peak(lean) < peak(plain) / 5
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_row_fits_and_a_tile_more_does_not():
+    recipe = make_recipe(model={"random_weights": LAYER | {"num_layers": 8}}, data={"length": 256})
+    found = plan(recipe, memory_gib=4.0)
+    assert found.fits
+    assert found.longest_length % 128 == 0
+    for length, fits in ((found.longest_length, True), (found.longest_length + 128, False)):
+        assert plan(make_recipe(data={"length": length}, model=recipe.model.model_dump()), memory_gib=4.0).fits is fits
+    assert plan(recipe, memory_gib=0.01).longest_length == 0
+
+
+def test_a_run_that_does_not_fit_says_what_would_help():
+    recipe = make_recipe(train={"rows": 64}, data={"length": 8192})
+    tight = plan(recipe, memory_gib=plan(recipe).peak_gib / USABLE / 1.2)
+    assert not tight.fits
+    assert tight.advice.startswith("with train.checkpointing=non_reentrant it needs ")
+    lean = make_recipe(train={"rows": 64, "checkpointing": "non_reentrant"}, data={"length": 8192})
+    assert f"{plan(lean).peak_gib:.1f} GiB" in tight.advice
+    assert plan(lean, memory_gib=1.0).advice.startswith("lower train.rows")
+
+
+@pytest.fixture
+def config_only(tmp_path) -> Path:
+    """The folder of a published 7B: a config.json and nothing else."""
+    sizes = {
+        "model_type": "Fast_dLLM_Qwen", "bd_size": 32, "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    return tmp_path
+
+
+def test_a_config_alone_is_enough(config_only):
+    options = ["plan", "7b", "--set", f"model.path={config_only}"]
+    done = CliRunner().invoke(app, [*options, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert found["parameters"] == 7615616512
+    assert found["streams"] == "all-mask + noisy + noisy + clean"
+    assert found["tokens"] == 200 * 8 * 4096
+    assert found["fits"]
+    assert found["peak_gib"] == pytest.approx(sum(item["amount"] for item in found["memory"]))
+    assert found["hours"] == pytest.approx(200 * sum(item["amount"] for item in found["time"]) / 3600)
+    table = CliRunner().invoke(app, [*options, "--gpu", "rtx4090"], catch_exceptions=False).stdout
+    assert "does not fit" in table
+    assert "checkpoints" in table
+    assert "flex mask" in table
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_planned(recipe, config_only):
+    loaded = load_recipe(recipe)
+    if loaded.model.path is not None:
+        family = {} if loaded.model.family else {"family": "converted"}
+        model = loaded.model.model_copy(update={"path": str(config_only), **family})
+        loaded = loaded.model_copy(update={"model": model})
+    found = plan(loaded)
+    assert found.peak_gib > 0
+    assert found.step_s > 0
+
+
+def test_refusals(config_only):
+    with pytest.raises(ValueError, match="--gpu abacus: unknown; known are h100"):
+        plan(make_recipe(), "abacus")
+    with pytest.raises(ValueError, match=r"adapter\.targets: cannot plan for lm_head"):
+        plan(make_recipe(adapter={"targets": ["lm_head", "q_proj"]}))
+    (config_only / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}')
+    model = {"path": str(config_only), "family": "converted"}
+    broken = Recipe.model_validate(make_recipe().model_dump() | {"model": model})
+    with pytest.raises(ValueError, match="does not tell 'vocab_size'"):
+        plan(broken)
