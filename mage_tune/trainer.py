@@ -263,6 +263,8 @@ def train(recipe: Recipe) -> Path:
     if arguments.process_index == 0:
         write_facts(folder, recipe, backbone.family)
         console.print(preview(next(iter(dataset)), backbone.tokenizer))
+        if checkpoint is not None:
+            console.print(f"going on from {checkpoint}", soft_wrap=True)
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
     with StopOnSignal() as stop, ProgressReporter(console) as progress:

@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_in_one_line(recipe, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["compute_loss", "_save_checkpoint"])
-def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(recipe, monkeypatch, number, where):
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(recipe, monkeypatch, capsys, number, where):
     inner, calls = getattr(MageTrainer, where), iter(range(1, 100))
 
     def interrupted(self, *args, **kwargs):
@@ -189,6 +189,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(recipe, monkey
     assert names(folder / "checkpoints") == {f"checkpoint-{stop}"}
     assert not (folder / ADAPTER_FILE).exists()
     train(recipe("parts", **settings))
+    assert f"going on from {folder}/checkpoints/checkpoint-{stop}\n" in capsys.readouterr().err
     assert (folder / ADAPTER_FILE).read_bytes() == (train(recipe("whole", **settings)) / ADAPTER_FILE).read_bytes()
 
 
