@@ -137,6 +137,21 @@ def query_votes(rows: Tensor, key: Tensor, visible: Tensor, scaling: float, budg
     return votes.sum(dim=-2), probability.mean(dim=-2)
 
 
+def spread_forward(score: Tensor, follow: int) -> Tensor:
+    """Each key's score or the best of the `follow` keys before it: what is copied goes on behind what gave it away.
+
+    Args:
+        score: (..., N).
+
+    Returns:
+        Same shape.
+    """
+    spread = score.clone()
+    for distance in range(1, min(follow, score.shape[-1] - 1) + 1):
+        spread[..., distance:] = torch.maximum(spread[..., distance:], score[..., :-distance])
+    return spread
+
+
 def page_bound(rows: Tensor, key: Tensor, visible: Tensor, page: int) -> Tensor:
     """Quest's score: the largest logit a page's channel-wise key bounds allow, averaged over the packed rows.
 

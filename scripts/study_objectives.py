@@ -146,6 +146,10 @@ LEVERS = (
     Decoding("residual", "mage", Levers(residual=True)),
     Decoding("recent 32", "mage", options=(("recent", 32),)),
     Decoding("sinks 4, recent 32", "mage", options=(("sinks", 4), ("recent", 32))),
+    Decoding("sinks 4, recent 64", "mage", options=(("sinks", 4), ("recent", 64))),
+    Decoding("follow 4", "mage", options=(("follow", 4),)),
+    Decoding("follow 4, sinks 4, recent 32", "mage", options=(("follow", 4), ("sinks", 4), ("recent", 32))),
+    Decoding("follow 4, re-selected at 8", "mage", Levers(reselect_at=(8,)), (("follow", 4),)),
     Decoding("layer budgets", "mage-v1"),
     Decoding("oracle", "oracle"),
 )

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mage_tune.decode.attention import LayerView, Selection
-from mage_tune.selection import mean_logit, mean_probability, page_bound, query_votes, top_pages
+from mage_tune.selection import mean_logit, mean_probability, page_bound, query_votes, spread_forward, top_pages
 
 
 class Observed(NamedTuple):
@@ -61,11 +61,17 @@ class Rule:
     """Keys at the very beginning that are always kept."""
     recent: int = 0
     """Keys right before the block that are always kept."""
+    follow: int = 0
+    """Keys behind a key that are scored as well as it is; the budget stays."""
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"budget {self.budget}: a sparse step needs at least one key per KV head")
-        for option in ("dense_layers", "sinks", "recent"):
+        if self.follow and self.page > 1:
+            raise ValueError(
+                f"follow {self.follow}: {self.name} keeps pages of {self.page} keys, which hold neighbours"
+            )
+        for option in ("dense_layers", "sinks", "recent", "follow"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{option} {getattr(self, option)} is negative")
         if self.sinks + self.recent > self.budget:
@@ -104,7 +110,7 @@ class Rule:
         device = observed[0].score.device
         lengths = torch.tensor(prefix_lengths, device=device)
         lists = [
-            top_pages(o.score, counts, self.page, lengths, self.sinks, self.recent)
+            top_pages(spread_forward(o.score, self.follow), counts, self.page, lengths, self.sinks, self.recent)
             for o, counts in zip(observed, self._counts(observed, prefix_lengths), strict=True)
         ]
         slots = max(index.shape[-1] for index, _ in lists)

@@ -16,6 +16,7 @@ VARIANTS = {
     **{name: {"attention": name} for name in RULES},
     "draft": {"attention": "mage", "refresh": "draft"},
     "union": {"attention": "mage", "refresh": "union"},
+    "follow": {"attention": "mage", "rule_options": {"follow": 2}},
     "reselect": {"attention": "mage", "reselect_at": 2},
     "residual": {"attention": "mage", "residual": True},
     "static": {"acceptance": "static", "steps": 4},

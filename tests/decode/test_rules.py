@@ -55,6 +55,14 @@ def test_mage(view):
             assert chosen(rule, view, b, h) == best(probability.mean(0), 9)
 
 
+@pytest.mark.parametrize("follow", [1, 3, 50])
+def test_keys_behind_a_good_one_are_as_good(view, follow):
+    for b, h, _, probability, n, _, _ in heads_of(view):
+        score = probability.mean(0)
+        spread = [max(score[max(0, i - follow) : i + 1]) for i in range(n)]
+        assert chosen(Mage(budget=9, follow=follow), view, b, h) == best(spread, 9)
+
+
 def test_mage_chooses_what_training_chooses(view):
     # One clean stream of 36 keys; the block numbered 12 on a grid of 3 sees all of them.
     rows, key = view.rows[:1].unsqueeze(2), view.key[:1, :, :36]
@@ -332,6 +340,8 @@ def test_recall(document):
         ("mage", {"budget": -3}, "budget -3"),
         ("exact", {"budget": 0}, "budget 0"),
         ("mage", {"dense_layers": -1}, "dense_layers -1 is negative"),
+        ("mage", {"follow": -1}, "follow -1 is negative"),
+        ("quest", {"follow": 2}, "keeps pages of 16 keys"),
         ("mage", {"budget": 8, "sinks": 4, "recent": 5}, "exceed the budget of 8"),
         ("mage", {"page_size": 16}, "'mage' has no option 'page_size'"),
         ("sparsed", {"ratio": 0.0}, "ratio 0.0"),
