@@ -36,6 +36,9 @@ ATTENTION = "mage"
 FAMILY_FILE = "mage_tune.json"
 """The family facts beside an adapter, so that it can be loaded and merged without a recipe."""
 
+SHARD = "5GB"
+"""Largest file of a saved checkpoint."""
+
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -377,7 +380,7 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None) -> Path
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        merged.to(getattr(torch, saved_in)).save_pretrained(temporary, max_shard_size="5GB")
+        merged.to(getattr(torch, saved_in)).save_pretrained(temporary, max_shard_size=SHARD)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
         for code in remote_code(base):
