@@ -8,6 +8,7 @@ Hub stores weights by their hash, so what an interrupted upload has sent is not 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,10 @@ def speaking(doing: str) -> Iterator[None]:
         raise HubError(f"{doing}: offline mode is on; unset HF_HUB_OFFLINE") from None
     except (HTTPError, OSError) as error:
         raise HubError(f"{doing}: {explain(error)}") from error
+    except json.JSONDecodeError:
+        raise HubError(
+            f"{doing}: the answer is not the Hub's, a proxy's perhaps; run the same command again later"
+        ) from None
     except RuntimeError as error:  # what the client wraps failed uploads of weights in
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise HubError(f"{doing}: {explain(cause)}") from error

@@ -26,7 +26,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 
 Files = dict[str, bytes]
 Fault = Callable[[int, str, str], str | None]
-"""(number of the request, method, path) -> "drop", "drop answer", "500", "429", any other status, "slow", or None."""
+"""(number of the request, method, path) -> "drop", "drop answer", a status, "page" (of a proxy), "slow", or None."""
 
 
 @dataclass
@@ -147,6 +147,8 @@ class Exchange:
                 headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             if isinstance(data, tuple):
                 headers, data = data
+            if fault == "page":
+                status, headers, data = 502, {}, b"<html>Bad gateway</html>"
             if fault == "drop answer":
                 self.handler.close_connection = True
                 return

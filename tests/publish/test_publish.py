@@ -360,6 +360,14 @@ def test_whatever_breaks_the_second_run_completes_and_no_half_is_ever_seen(hub, 
             assert commit.files.keys() == UNEVALUATED | {".gitattributes"}, where
 
 
+def test_what_was_uploaded_before_a_failure_is_not_uploaded_again(hub, client, unevaluated):
+    hub.fault = lambda number, method, path: "503" if path.endswith("/commit/main") else None
+    assert client.run(*arguments(unevaluated, "--without-eval")).code == 2
+    hub.fault = lambda number, method, path: None
+    assert client.run(*arguments(unevaluated, "--without-eval")).code == 0
+    assert [method for method, _ in hub.requests].count("PUT") == 1
+
+
 def test_a_slow_hub_is_waited_for(hub, client, unevaluated):
     hub.fault = lambda number, method, path: "slow"
     assert client.run(*arguments(unevaluated, "--without-eval")).code == 0
@@ -375,6 +383,8 @@ def test_a_slow_hub_is_waited_for(hub, client, unevaluated):
         (409, "/api/models/me/tiny-mage/commit/main", "uploading to me/tiny-mage: it conflicts with another change"),
         (412, "/api/models/me/tiny-mage/commit/main", "uploading to me/tiny-mage: somebody else changed"),
         (429, "/api/repos/create", "creating me/tiny-mage: too many requests"),
+        ("page", "/api/validate-yaml", "uploading to me/tiny-mage: the answer is not the Hub's"),
+        ("page", "/api/repos/create", "creating me/tiny-mage: the Hub has a problem (HTTP 502)"),
         (503, "/api/models/me/base", "looking up the base model me/base: the Hub has a problem (HTTP 503)"),
     ],
 )
