@@ -95,7 +95,8 @@ def train(
     try:
         folder = run(loaded)
     except TrainingStopped as stopped:
-        typer.echo(str(stopped), err=True)
+        if int(os.environ.get("RANK", "0")) == 0:
+            typer.echo(str(stopped), err=True)
         raise typer.Exit(128 + stopped.signum) from None  # as a shell reports a process that a signal ended
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")

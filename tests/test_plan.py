@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from mage_tune.backbone import attach_adapter, hidden_states, random_backbone
 from mage_tune.cli import app
 from mage_tune.families import get_family
-from mage_tune.plan import CARDS, USABLE, Estimate, Shape, plan
+from mage_tune.plan import USABLE, plan
+from mage_tune.plan.estimate import CARDS, Estimate
+from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe, load_recipe
 from mage_tune.trainer import leave_casts_to_autocast
 

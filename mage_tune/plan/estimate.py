@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take: a run's memory and time from its recipe and a config.json, without a GPU.
+"""Bytes and FLOP of a training step, counted from the sizes of the model and the streams of a row.
 
 **Memory.** Activations are counted tensor by tensor: what autograd keeps of one decoder layer for its backward pass,
 times tokens of all streams, times layers (or, with checkpointing, the layer's input times layers plus one whole
@@ -26,17 +26,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedConfig
-
 from mage_tune.blocks import TILE, round_up
 from mage_tune.data.collate import Collator
-from mage_tune.families import Family, apply_config, get_family, guess_family
+from mage_tune.families import Family
+from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import RowStreams
@@ -46,8 +43,6 @@ CHUNK = 4096
 """Rows projected to logits at once (`objectives.cross_entropy_sum`)."""
 SCORED_BLOCKS = 16
 """Blocks scored at once for sparse distillation (`selection.choose_keys`)."""
-USABLE = 0.93
-"""Share of a card's memory a plan may fill; the rest is for CUDA's context and fragmentation."""
 GEMM_SHARE = 737 / 989
 """Highest rate of a matrix product over the card's peak, as measured on an H100."""
 FLEX_SHARE = (400 / 989, 280 / 989)
@@ -80,201 +75,12 @@ CARDS = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder of the Llama or Qwen kind."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    tie_embeddings: bool
-    qkv_bias: bool = False
-    head_norms: bool = False
-
-    @property
-    def query_size(self) -> int:
-        """Numbers of a token's queries, all heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def key_size(self) -> int:
-        """Numbers of a token's keys, all heads."""
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one decoder layer."""
-        hidden, inner, query, key = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
-        return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, key),
-            "v_proj": (hidden, key),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, inner),
-            "up_proj": (hidden, inner),
-            "down_proj": (inner, hidden),
-        }
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all decoder layers' linear layers."""
-        return self.num_layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model, output head included."""
-        extra = 2 * self.hidden_size + 2 * self.head_dim * self.head_norms
-        extra += (self.query_size + 2 * self.key_size) * self.qkv_bias
-        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        return tables + self.linear_parameters + self.num_layers * extra + self.hidden_size
-
-
-@dataclass(frozen=True)
 class Item:
     """One line of a plan: how much, and what it is made of."""
 
     name: str
     amount: float
     made_of: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe will need. Memory in GiB, time in seconds, FLOP in TFLOP; per device."""
-
-    recipe: str
-    card: str
-    card_gib: float
-    parameters: int
-    adapter_parameters: int
-    adapter_mib: float
-    streams: str
-    tokens_per_step: int
-    stream_tokens_per_step: int
-    memory: list[Item]
-    peak_gib: float
-    fits: bool
-    longest_length: int
-    time: list[Item]
-    step_s: float
-    model_tflop_per_step: float
-    utilisation: float
-    tokens: int
-    hours: float
-    advice: str
-
-
-def plan(recipe: Recipe, card_name: str = "h100", memory_gib: float | None = None) -> Plan:
-    """Predict a recipe's memory and time on one card.
-
-    Args:
-        recipe: the recipe; of its model only config.json is read.
-        card_name: a key of `CARDS`.
-        memory_gib: memory of the card, where it has another.
-
-    Raises:
-        ValueError: unknown card, or the config does not tell a supported shape or family.
-        OSError: no config at the model's path.
-    """
-    if card_name not in CARDS:
-        raise ValueError(f"--gpu {card_name}: unknown; known are {', '.join(CARDS)} (--memory-gib for another size)")
-    card = CARDS[card_name] if memory_gib is None else replace(CARDS[card_name], gib=memory_gib)
-    shape, family = read_model(recipe)
-    estimate = Estimate(recipe, shape, family)
-    memory, time = list(estimate.memory()), list(estimate.time(card))
-    peak, step_s = (sum(item.amount for item in items) for items in (memory, time))
-    settings, adapter = recipe.train, estimate.adapter_parameters
-    tokens = settings.rows * settings.accumulation * recipe.data.length
-    model_tflop = estimate.model_flop() / 1e12
-    return Plan(
-        recipe=recipe.name,
-        card=card_name,
-        card_gib=card.gib,
-        parameters=shape.parameters,
-        adapter_parameters=adapter,
-        adapter_mib=4 * adapter / 2**20,
-        streams=estimate.stream_names,
-        tokens_per_step=tokens,
-        stream_tokens_per_step=estimate.tokens * settings.accumulation,
-        memory=memory,
-        peak_gib=peak,
-        fits=peak <= USABLE * card.gib,
-        longest_length=longest_length(recipe, shape, family, card),
-        time=time,
-        step_s=step_s,
-        model_tflop_per_step=model_tflop,
-        utilisation=model_tflop / step_s / card.tflops,
-        tokens=tokens * settings.steps,
-        hours=step_s * settings.steps / 3600,
-        advice=_advice(recipe, shape, family, card, peak),
-    )
-
-
-def read_model(recipe: Recipe) -> tuple[Shape, Family]:
-    """Sizes and family of a recipe's model, from its config alone.
-
-    Raises:
-        ValueError, OSError: see `plan`.
-    """
-    model = recipe.model
-    if model.random_weights is not None:
-        sizes = model.random_weights.model_dump(exclude={"architecture", "max_positions"})
-        sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // sizes["num_heads"]
-        assert model.record is not None  # the recipe asks for a family
-        return Shape(**sizes, **_extras(model.random_weights.architecture)), model.record
-    assert model.path is not None
-    config, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
-    if not config:
-        raise OSError(f"{model.path}: no config.json there")
-    family = guess_family(config) if model.family is None else apply_config(get_family(model.family), config)
-    family = family.with_overrides(block_size=model.block_size)
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        shape = Shape(
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            **_extras(family.architecture or config["model_type"]),
-        )
-    except KeyError as missing:
-        raise ValueError(f"{model.path}: config.json does not tell {missing}") from missing
-    return shape, family
-
-
-def _extras(architecture: str) -> dict[str, bool]:
-    name = architecture.lower()
-    return {"qkv_bias": "qwen2" in name, "head_norms": "qwen3" in name}
-
-
-def longest_length(recipe: Recipe, shape: Shape, family: Family, card: Card) -> int:
-    """Tokens of the longest row that fits the card with everything else as the recipe says; 0 if none does."""
-    fitting, too_long = 0, 2**22 // TILE
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        data = recipe.data.model_copy(update={"length": middle * TILE})
-        candidate = Estimate(recipe.model_copy(update={"data": data}), shape, family)
-        is_fitting = sum(item.amount for item in candidate.memory()) <= USABLE * card.gib
-        fitting, too_long = (middle, too_long) if is_fitting else (fitting, middle)
-    return fitting * TILE
-
-
-def _advice(recipe: Recipe, shape: Shape, family: Family, card: Card, peak: float) -> str:
-    if peak <= USABLE * card.gib:
-        return ""
-    if recipe.train.checkpointing == "off":
-        settings = recipe.train.model_copy(update={"checkpointing": "non_reentrant"})
-        leaner = Estimate(recipe.model_copy(update={"train": settings}), shape, family)
-        needed = sum(item.amount for item in leaner.memory())
-        return f"with train.checkpointing=non_reentrant it needs {needed:.1f} GiB"
-    return "lower train.rows (raise train.accumulation as much) or data.length"
 
 
 class Estimate:
@@ -507,40 +313,3 @@ class Estimate:
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
                 flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length
                 yield Item("teacher", steps * flop / rate, f"{steps * flop / 1e12:.0f} TFLOP, forward of two streams")
-
-
-def as_json(found: Plan) -> str:
-    """The plan for machines."""
-    return json.dumps(asdict(found), indent=2)
-
-
-def show(found: Plan, console: Console) -> None:
-    """The plan for people: what it needs, and what every number is made of."""
-    console.print(
-        f"[bold]{found.recipe}[/] on one {found.card}: {found.parameters / 1e9:.2f} G parameters, adapter "
-        f"{found.adapter_parameters / 1e6:.1f} M ({found.adapter_mib:.0f} MiB), streams {found.streams}",
-        highlight=False,
-    )
-    console.print(_table("memory", "GiB", found.memory, found.peak_gib))
-    console.print(_table("time of a step", "s", found.time, found.step_s))
-    verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
-    lines = [
-        f"{verdict}: {found.peak_gib:.1f} of {USABLE * found.card_gib:.1f} GiB usable; longest row that fits: "
-        f"{found.longest_length:,} tokens",
-        f"{found.tokens_per_step:,} tokens of data a step ({found.stream_tokens_per_step:,} through the model), "
-        f"{found.tokens_per_step / found.step_s:,.0f} tokens/s, model FLOP utilisation {found.utilisation:.0%}",
-        f"{found.tokens / 1e6:.1f} M tokens in {found.hours:.2f} h",
-    ]
-    for line in (*lines, *([found.advice] if found.advice else [])):
-        console.print(line, highlight=False)
-
-
-def _table(title: str, unit: str, items: list[Item], total: float) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column(unit, justify="right")
-    table.add_column("made of")
-    for item in items:
-        table.add_row(item.name, f"{item.amount:.2f}", item.made_of)
-    table.add_row("[bold]in all[/]", f"[bold]{total:.2f}[/]", "")
-    return table
