@@ -111,7 +111,7 @@ def metadata(run: Run, base: Base, repo_id: str, *, is_merged: bool) -> ModelCar
         language=base.language,
         datasets=list(dict.fromkeys(sources)) or None,
         tags=["diffusion", "block-diffusion", "sparse-attention", "mage_tune", *([] if is_merged else ["lora"])],
-        model_name=repo_id.rpartition("/")[2],
+        model_name=repo_id.rpartition("/")[2] if run.results else None,  # it is the model-index's alone
         eval_results=eval_results(run.results) if run.results else None,
     )
 
@@ -122,7 +122,6 @@ def check_metadata(data: dict[str, Any]) -> None:
     Raises:
         ValueError: it does not fit; the message names the field.
     """
-    data = {key: value for key, value in data.items() if not (key == "model_name" and "model-index" not in data)}
     try:
         Metadata.model_validate(data)
     except ValidationError as error:

@@ -74,9 +74,7 @@ def speaking(doing: str) -> Iterator[None]:
     except (HTTPError, OSError) as error:
         raise HubError(f"{doing}: {explain(error)}") from error
     except json.JSONDecodeError:
-        raise HubError(
-            f"{doing}: the answer is not the Hub's, a proxy's perhaps; run the same command again later"
-        ) from None
+        raise HubError(f"{doing}: the answer is not the Hub's, a proxy's perhaps; run the same command again") from None
     except RuntimeError as error:  # what the client wraps failed uploads of weights in
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise HubError(f"{doing}: {explain(cause)}") from error
@@ -86,10 +84,10 @@ def explain(error: Exception) -> str:
     """One error of the client in words."""
     if not isinstance(error, HfHubHTTPError):
         what = " ".join(str(error).split()) or type(error).__name__
-        return f"the connection broke ({what}); nothing is half published, run the same command again"
+        return f"the connection broke ({what}); run the same command again, which is safe"
     status = error.response.status_code
     if status >= 500:
-        return f"the Hub has a problem (HTTP {status}); nothing is half published, run the same command again later"
+        return f"the Hub has a problem (HTTP {status}); run the same command again later, which is safe"
     said = " ".join((error.server_message or "").split())
     return f"{FIXES.get(status, 'refused')} (HTTP {status}{', ' * bool(said)}{said})"
 

@@ -242,6 +242,13 @@ def test_merged_weights_have_a_card_of_their_own(hub, client, run_folder):
     assert re.search(r"largest difference \d\.\d\de-0[4-9], mean", card.text)
 
 
+def test_help(client):
+    done = client.run("publish", "--help")
+    assert (done.code, done.err) == (0, "")
+    for option in ("--repo", "--base-id", "--private", "--revision", "--merged", "--collection", "--dry-run"):
+        assert option in done.out
+
+
 # --- early checks ----------------------------------------------------------------------------------------------------
 
 
