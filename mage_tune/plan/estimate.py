@@ -11,14 +11,17 @@ fitted. Against runs of SmolLM2-135M on one H100 (torch 2.11, transformers 5.17,
     4 x 4, 32, the same and sparse cross-entropy, budget 128  28.2 GiB   27.6 (-2.0 %)
     16 x 2, 36, frozen weights in float32                     51.6 GiB   51.5 (-0.2 %)
 
-None of them recomputes activations: what `train.checkpointing` saves is not yet compared with a measurement.
+In the third line the KL part was off (with it, 29.1 GiB are predicted). None of the runs recomputes activations: what
+`train.checkpointing` saves is not yet compared with a measurement.
 
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of other
 cards), attention at FlexAttention's usual rates, everything between them as memory traffic, and never less than the
-host needs to launch it all. Two constants are fitted to the steps above, `TRAFFIC` to 16 rows of conversion (0.541 s),
-`LAUNCH_S` to 4 rows of it (0.24 s); the others then come out at 0.44 for 0.495 s, 0.48 for 0.47 s and 0.61 for 0.634 s
-per micro-step. FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that
-repeats or measures (recompute, adapter weights, sparse scoring, the teacher's pass) takes time and does not count for
+host needs to launch it all. Three constants are fitted to steps on that H100: `TRAFFIC` to conversion with 16 rows
+(0.541 s), `LAUNCH_S` to the same with 4 rows (0.24 s), `LAUNCH_PER_TERM` to the third line above (0.47 s). Per
+micro-step, the second line then comes out at 0.43 s (measured: 0.495), the fourth at 0.60 s (measured: 0.634).
+
+FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that repeats or measures
+(recompute, weight gradients of the adapter, sparse scoring, the teacher's pass) takes time and does not count for
 utilisation.
 """
 
