@@ -87,9 +87,9 @@ def conversion_table(file: str = "conversion_h100.json") -> str:
     training = record["training"]
     lines += [
         "",
-        f"Trained on one {record['environment']['device']}: {training['steps']} steps, {training['minutes']:.1f} minutes, "
-        f"median {training['median_tokens_per_s'] / 1000:.0f}k data tokens/s, {training['peak_gib']:.0f} GiB. Measured on "
-        + conditions(record, ""),
+        f"Trained on one {record['environment']['device']}: {training['steps']} steps, "
+        f"{training['minutes']:.1f} minutes, median {training['median_tokens_per_s'] / 1000:.0f}k data tokens/s, "
+        f"{training['peak_gib']:.0f} GiB. Measured on " + conditions(record, ""),
     ]
     return "\n".join(lines)
 
