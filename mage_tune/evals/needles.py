@@ -8,6 +8,7 @@ survives k = 8); asking for several at once needs keys that the all-[MASK] step 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def ask(
     cache: PrefixCache | None = None,
 ) -> NeedleResult:
     """Answer one prompt greedily and score the answer; a kept `cache` lets several rules share reading the prompt."""
-    options = {} if attention == "exact" else {"budget": budget, "dense_layers": dense_layers}
+    options: dict[str, Any] = {} if attention == "exact" else {"budget": budget, "dense_layers": dense_layers}
     out = lm.generate(
         prompt.input_ids.tolist(),
         max_new_tokens=lm.family.block_size * (1 + len(prompt.expected)),
