@@ -55,7 +55,7 @@ class Arm:
         if self.rule != "exact" and self.budget is None:
             raise ValueError(f"rule {self.rule!r} needs a budget of keys per KV head")
         self.attention()
-        self.levers()
+        _ = self.levers
 
     @property
     def reading(self) -> str:
@@ -71,7 +71,7 @@ class Arm:
 
     def settings(self) -> dict[str, Any]:
         """Everything about the attention, as JSON values."""
-        return self.attention().settings() | self.levers().settings()
+        return self.attention().settings() | self.levers.settings()
 
     def attention(self) -> Rule:
         """The selection rule, for `lm.generate(attention=...)`."""
@@ -79,15 +79,16 @@ class Arm:
         chosen = {name: value for name, value in self.options if name not in levers}
         return make_rule(self.rule, budget=self.budget, **chosen)
 
+    @property
     def levers(self) -> Levers:
         """What is done on top of the rule."""
         known = {f.name for f in fields(Levers)}
-        given = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options if name in known}
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options if n in known}
         return Levers(**given)
 
     def generate_options(self) -> dict[str, Any]:
         """Keyword arguments of `lm.generate` that make it read as this arm does."""
-        return {"attention": self.attention(), **self.levers().settings()}
+        return {"attention": self.attention(), **self.levers.settings()}
 
 
 @dataclass(frozen=True)
