@@ -2,7 +2,8 @@
 
     python scripts/study_objectives.py --list                      # the arms and why each is there
     python scripts/study_objectives.py --only query attention      # some arms
-    python scripts/study_objectives.py                             # all of them, then levers on base and winner
+    python scripts/study_objectives.py                             # all of them
+    python scripts/study_objectives.py --levers                    # inference-side levers, on base and recipe
     python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
     python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
     python scripts/study_objectives.py --table                     # the Markdown tables of docs/objectives.md
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ from mage_tune.stream_loss import StreamLoss
 RECIPE = Path("recipes/smollm2-135m.yaml")
 RESULTS = Path("results/objectives.json")
 CHAT = Path("recipes/data/smollm2-chat/heldout.jsonl")
-STEPS = 60
-"""Optimizer steps of every arm: 2.0M tokens of data, at 16 rows of 2048."""
+STEPS = 40
+"""Optimizer steps of every arm: 1.3M tokens of data, at 16 rows of 2048."""
 LEARNING_RATE = 1e-3
 """Of every arm: at so few steps 5e-4, which longer runs take, shows less of the same."""
 BUDGETS = (32, 64, 128, 256, 512)
@@ -71,9 +72,21 @@ TASK_BUDGETS = (32, 128)
 """Budgets of the tasks that are decoded."""
 MOST_HARM = 0.01
 """Exact cross-entropy, nats, that an objective may cost and still win."""
+FINAL = "recipe"
+"""The arm that is the recipe as it stands: longer than the others, so it does not compete with them."""
 
 Q, A, S = "objective.query_alignment", "objective.attention_alignment", "objective.sparse_distillation"
-OFF = {f"{Q}.weight": 0.0, f"{A}.weight": 0.0, f"{S}.weight": 0.0}
+OFF = {
+    f"{Q}.weight": 0.0,
+    f"{A}.weight": 0.0,
+    f"{A}.power": 1.0,
+    f"{S}.weight": 0.0,
+    f"{S}.kl_weight": 1.0,
+    "train.rows": 8,
+    "train.accumulation": 2,
+    "train.warmup_steps": 10,
+}
+"""Diffusion alone; arms name what differs from here, so that they stay what they are when the recipe changes."""
 QUERY = OFF | {f"{Q}.weight": 5.0}
 ATTENTION = OFF | {f"{A}.weight": 1.0}
 SPARSE = OFF | {f"{S}.weight": 1.0, f"{S}.budget": 128, "train.rows": 4, "train.accumulation": 4}
@@ -92,7 +105,7 @@ class Trained:
     def overrides(self, seed: int) -> list[str]:
         """For `mage-tune train --set`; the objective of the recipe is replaced, everything else stays."""
         length = {"train.steps": STEPS, "train.save_every": STEPS, "train.learning_rate": LEARNING_RATE}
-        changes = {"seed": seed} | ({} if self.name == "recipe" else length) | self.changes
+        changes = {"seed": seed} | ({} if self.name == FINAL else length) | self.changes
         return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
@@ -124,8 +137,14 @@ ARMS = (
     Trained("sparse, KL to itself", SPARSE | {f"{S}.teacher": "adapters_on"}, "teacher: the model's own exact step"),
     Trained(
         "everything",
-        BOTH | SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 1.0, f"{S}.kl_weight": 0.0},
+        SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 1.0, f"{S}.kl_weight": 0.0},
         "alignment moves the choice, sparse CE adapts to it",
+        (0, 1),
+    ),
+    Trained(
+        "everything, power 0.5",
+        SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 2.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
+        "the same, keys of little mass counting for more",
         (0, 1),
     ),
     Trained("both, rank 8", BOTH | {"adapter.rank": 8, "adapter.alpha": 16.0}, "a smaller adapter"),
@@ -133,7 +152,7 @@ ARMS = (
     Trained("both, q and k only", BOTH | {"adapter.targets": ["q_proj", "k_proj"]}, "only what selection reads"),
     Trained("sparse CE at 32", SPARSE | {f"{S}.kl_weight": 0.0, f"{S}.budget": 32}, "smaller budget in training"),
     Trained("sparse CE at 512", SPARSE | {f"{S}.kl_weight": 0.0, f"{S}.budget": 512}, "larger budget in training"),
-    Trained("recipe", {}, "the recipe as it stands, at its own length"),
+    Trained(FINAL, {}, "the recipe as it stands, at its own length"),
 )
 
 LEVERS = (
@@ -154,6 +173,11 @@ LEVERS = (
     Decoding("oracle", "oracle"),
 )
 """Tried at inference on base and winner; steps count one revealed token each, so step 8 is a quarter of a block."""
+
+
+def adds_no_exact_step(lever: Decoding) -> bool:
+    """Whether a block still has one exact step: no second choice, no refresh, no oracle."""
+    return lever.rule != "oracle" and lever.levers in (Levers(), Levers(residual=True))
 
 
 # Measuring
@@ -187,9 +211,10 @@ def probe(lm: BlockDiffusionLM, tokens: np.ndarray, given: Eval, arms: Sequence[
     return {name: np.array(value) for name, value in values.items()}
 
 
-def decode(lm: BlockDiffusionLM, tokens: np.ndarray, given: Eval, batch: int = 32) -> dict[str, np.ndarray]:
+def decode(
+    lm: BlockDiffusionLM, tokens: np.ndarray, given: Eval, mage: Decoding, batch: int = 32
+) -> dict[str, np.ndarray]:
     """Metric name -> value of every prompt: questions and copies in eight steps, forwards of plain text."""
-    mage = Decoding("mage", "mage")
     values: dict[str, list[float]] = {}
     tasks = tasks_of(lm, tokens, given, continuations=given.documents)
     for part in ([tasks[1]], [tasks[2]], [tasks[3]]):
@@ -226,15 +251,16 @@ def answer_loss(lm: BlockDiffusionLM, rows: int = 128) -> np.ndarray:
     return np.array(values)
 
 
-def measure(lm: BlockDiffusionLM) -> dict[str, np.ndarray]:
-    """Everything measured on one model, by metric and unit."""
+def measure(lm: BlockDiffusionLM, lever: Decoding = LEVERS[0]) -> dict[str, np.ndarray]:
+    """Everything measured on one model, by metric and unit; what a lever gives stands under "mage" too."""
     tokens = load_ids(str(settings(MAIN, 1, BUDGETS).text), lm.tokenizer, lm.family)
-    arms = [Decoding("mage", "mage"), Decoding("oracle", "oracle")]
+    mage = replace(lever, label="mage")
+    arms = [mage, Decoding("oracle", "oracle")]
     values: dict[str, np.ndarray] = {}
     for context, windows in CONTEXTS.items():
         found = probe(lm, tokens, settings(context, windows, BUDGETS), arms)
         values |= {f"{context} {name}": value for name, value in found.items()}
-    values |= decode(lm, tokens, settings(MAIN, PROMPTS, TASK_BUDGETS))
+    values |= decode(lm, tokens, settings(MAIN, PROMPTS, TASK_BUDGETS), mage)
     return values | {"answers": answer_loss(lm)}
 
 
@@ -319,10 +345,10 @@ class Results:
         return any(arm["name"] == name and arm["seed"] == seed for arm in self.arms)
 
     def save(self) -> None:
-        """Write the file, in the order of ARMS, with the winner by its gap at k = 128."""
+        """Write the file, in the order of ARMS, with the winner at equal tokens by its gap at k = 128."""
         order = {arm.name: i for i, arm in enumerate(ARMS)}
         self.arms.sort(key=lambda arm: (order.get(arm["name"], len(order)), arm["seed"]))
-        gaps = {name: gap_of([arm for arm in self.arms if arm["name"] == name]) for name in order}
+        gaps = {name: gap_of([arm for arm in self.arms if arm["name"] == name]) for name in order if name != FINAL}
         unharmed = {name: gap for name, gap in gaps.items() if gap is not None}
         self.content["best"] = min(unharmed, key=lambda name: unharmed[name]) if unharmed else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,9 +365,14 @@ def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
 # Running
 
 
+def folder_of(name: str, seed: int) -> Path:
+    """Where an arm is trained."""
+    return Path("runs/study") / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
 def train(arm: Trained, seed: int) -> tuple[Path, float]:
     """The run folder of an arm and the minutes it took; a finished run is kept."""
-    folder = Path("runs/study") / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
+    folder = folder_of(arm.name, seed)
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mage_tune.cli", "train", str(RECIPE)]
@@ -382,15 +413,34 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
             lm = load(model, adapter=str(folder))
             found = row(arm.name, seed, measure(lm), base)
             found |= {"changes": arm.changes, "why": arm.why, "minutes": round(minutes, 2)}
-            if arm.name == "recipe":
-                found["levers"] = levers_row(lm, base[f"{MAIN} ce exact"])
             results.arms.append(found)
             results.save()
             took = time.perf_counter() - started
             console.print(f"{arm.name}, seed {seed}: {summary(found)}; {took:.0f} s", highlight=False)
-    if "levers" not in results.content["base"]:
-        results.content["base"]["levers"] = levers_row(load(model), base[f"{MAIN} ce exact"])
-        results.save()
+
+
+def run_levers(results: Results, console: Console) -> None:
+    """Every lever on the untuned model and on the recipe's; the best of them on everything.
+
+    Raises:
+        ValueError: the untuned model or the recipe's was not measured before.
+    """
+    found = {arm["name"]: arm for arm in results.arms if arm["seed"] == 0}
+    if "base" not in results.content or FINAL not in found:
+        raise ValueError(f"{results.path}: levers need the arm {FINAL!r}; run it first: --only {FINAL}")
+    model = str(load_recipe(RECIPE).model.path)
+    base = units(results.content["base"])
+    for measured in (results.content["base"], found[FINAL]):
+        if "levers" not in measured:
+            adapter = str(folder_of(FINAL, 0)) if measured is found[FINAL] else None
+            measured["levers"] = levers_row(load(model, adapter=adapter), base[f"{MAIN} ce exact"])
+            results.save()
+    allowed = [lever for lever in LEVERS if adds_no_exact_step(lever)]
+    best = min(allowed, key=lambda lever: found[FINAL]["levers"][lever.label]["gap"]["mean"])
+    values = measure(load(model, adapter=str(folder_of(FINAL, 0))), best)
+    results.content["best_with_levers"] = row(FINAL, 0, values, base) | {"levers": [best.label]}
+    results.save()
+    console.print(f"best lever: {best.label}: {summary(results.content['best_with_levers'])}", highlight=False)
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -419,6 +469,7 @@ def join(paths: Sequence[Path], results: Results) -> None:
             if mine != theirs:
                 raise ValueError(f"{path}: another {key} than in {results.path}")
         results.content["base"] |= {k: v for k, v in other["base"].items() if k == "levers"}
+        results.content |= {k: v for k, v in other.items() if k == "best_with_levers"}
         results.arms.extend(a for a in other.get("arms", []) if not results.has(a["name"], a["seed"]))
     results.save()
 
@@ -485,6 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th arm from the I-th on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true", help="print the arms and their commands")
+    parser.add_argument("--levers", action="store_true", help="measure the inference-side levers on base and recipe")
     parser.add_argument("--table", action="store_true", help="print the Markdown tables of the results file")
     parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="add the arms of other results files")
     parser.add_argument("--commit", help="the toolkit's commit, where the run is made on a copy without its history")
@@ -505,6 +557,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(markdown(results.content))
         elif arguments.join:
             join(arguments.join, results)
+        elif arguments.levers:
+            run_levers(results, console)
         else:
             run(chosen, results, console, arguments.commit)
     except (OSError, ValueError, RuntimeError) as error:

@@ -86,12 +86,7 @@ def test_a_study_is_run_resumed_joined_and_shown(study, capsys, monkeypatch):
     assert arm["gap"]["768"]["16"]["mean"] == pytest.approx(arm["ce_mask"]["16"] - base["ce_exact"], abs=2e-4)
     assert arm["against_base"]["768 ce exact"]["mean"] == pytest.approx(arm["ce_exact"] - base["ce_exact"], abs=2e-4)
     assert len(arm["units"]["768 ce exact"]) == 2 and len(arm["units"]["answers"]) == 3
-    assert set(base["levers"]) == {
-        "mage", "draft refresh", "oracle",
-        *(f"{rule}, {n} dense layers" for rule in ("mage", "oracle") for n in (0, 1)),
-    }  # fmt: skip
-    assert base["levers"]["mage"]["gap"]["mean"] == pytest.approx(base["gap"]["768"]["16"]["mean"], abs=1e-5)
-    assert base["levers"]["oracle"]["recall"]["mean"] == 1.0
+    assert first["best"] in ("diffusion", None)  # None: it harmed exact attention
     monkeypatch.setattr(script, "train", lambda *_: pytest.fail("a finished arm was trained again"))
     assert script.main(["--only", "diffusion", "--out", "a.json"]) == 0
     assert json.loads(Path("a.json").read_text())["arms"] == first["arms"]
@@ -105,7 +100,21 @@ def test_files_of_two_machines_become_one(study, capsys):
     assert script.main(["--join", "a.json", "b.json", "--out", "all.json"]) == 0
     joined = json.loads(Path("all.json").read_text())
     assert [arm["name"] for arm in joined["arms"]] == ["query", "recipe"]
-    assert "levers" in joined["arms"][1] and joined["arms"][1]["minutes"] >= 0
+    assert joined["arms"][1]["minutes"] >= 0 and joined["best"] != "recipe"
+    assert script.main(["--levers", "--out", "all.json"]) == 0
+    joined = json.loads(Path("all.json").read_text())
+    base, tuned = joined["base"], joined["arms"][1]
+    assert set(base["levers"]) == {
+        "mage", "draft refresh", "oracle",
+        *(f"{rule}, {n} dense layers" for rule in ("mage", "oracle") for n in (0, 1)),
+    }  # fmt: skip
+    for measured in (base, tuned):
+        assert measured["levers"]["mage"]["gap"]["mean"] == pytest.approx(
+            measured["gap"]["768"]["16"]["mean"], abs=1e-5
+        )
+        assert measured["levers"]["oracle"]["recall"]["mean"] == 1.0
+    assert joined["best_with_levers"]["levers"] == ["mage"]  # the only one here that adds no exact step
+    assert joined["best_with_levers"]["ce_mask"] == tuned["ce_mask"]
     assert script.main(["--table", "--out", "all.json"]) == 0
     table = capsys.readouterr().out
     assert "| base | 1 |" in table and "| recipe | 1 |" in table and "| draft refresh |" in table
@@ -114,6 +123,17 @@ def test_files_of_two_machines_become_one(study, capsys):
     Path("b.json").write_text(json.dumps(other))
     assert script.main(["--join", "a.json", "b.json", "--out", "other.json"]) == 2
     assert "another base" in capsys.readouterr().err
+
+
+def test_levers_without_a_tuned_model_are_one_line(tmp_path, capsys):
+    assert script.main(["--levers", "--out", str(tmp_path / "none.json")]) == 2
+    assert "levers need the arm 'recipe'" in capsys.readouterr().err
+
+
+def test_levers_that_add_an_exact_step_do_not_compete():
+    names = {lever.label for lever in script.LEVERS if script.adds_no_exact_step(lever)}
+    assert {"mage", "residual", "follow 4", "layer budgets"} <= names
+    assert not any("refresh" in name or "re-selected" in name or "oracle" in name for name in names)
 
 
 def test_an_unknown_arm_is_one_line(capsys):
