@@ -8,11 +8,7 @@ No remote code is ever run: published checkpoints load into the native class of 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -35,9 +30,6 @@ ATTENTION = "mage"
 
 FAMILY_FILE = "mage_tune.json"
 """The family facts beside an adapter, so that it can be loaded and merged without a recipe."""
-
-SHARD = "5GB"
-"""Largest file of a saved checkpoint."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -334,77 +326,3 @@ def read_family(folder: str | Path) -> Family | None:
     facts = json.loads(path.read_text())
     name, stop_ids = facts.pop("family"), tuple(facts.pop("stop_ids"))
     return get_family(name).with_overrides(stop_ids=stop_ids, **facts)
-
-
-def merge(adapter: str | Path, out: str | Path, base: str | None = None) -> Path:
-    """Merge an adapter into its base in float32 and save a checkpoint in the base's own layout and precision.
-
-    The saved config.json is the base's, so that the official code loads the folder as it loads the base; the family
-    facts in it let `load_backbone` read it by itself. merge.json says how far its logits are from the attached adapter.
-
-    Args:
-        adapter: adapter or run folder.
-        out: folder to write; it appears whole or not at all.
-        base: base checkpoint; the adapter's own record by default.
-
-    Raises:
-        ValueError: `out` exists, or the adapter does not say its family.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out}: exists already; choose another folder or remove it")
-    family = read_family(adapter)
-    if family is None:
-        raise ValueError(f"{adapter}: no {FAMILY_FILE} beside the adapter, so its family is unknown")
-    base = base or json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    backbone = load_backbone(base, family=family, dtype="float32", device="cpu")
-    attached = PeftModel.from_pretrained(backbone.model, str(adapter)).eval()
-    probe = torch.randint(
-        attached.config.vocab_size, (1, 4 * family.block_size), generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        expected = attached(input_ids=probe).logits
-        merged = attached.merge_and_unload()
-        config = published_config(base, family)
-        saved_in = config.get("dtype") or config.get("torch_dtype") or "float32"
-        merged.to(getattr(torch, saved_in))
-        difference = (merged.float()(input_ids=probe).logits - expected).abs()
-    report = {
-        "merged_in": "float32",
-        "saved_in": saved_in,
-        "tokens": probe.numel(),
-        "max_logit_difference": difference.max().item(),
-        "mean_logit_difference": difference.mean().item(),
-        "adapter_sha256": hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        merged.to(getattr(torch, saved_in)).save_pretrained(temporary, max_shard_size=SHARD)
-        if backbone.tokenizer is not None:
-            backbone.tokenizer.save_pretrained(temporary)
-        for code in remote_code(base):
-            shutil.copy(code, temporary / code.name)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "merge.json").write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return out
-
-
-def published_config(base: str, family: Family) -> dict[str, Any]:
-    """The base's config.json as its authors wrote it, with the family facts of the adapter; full precision."""
-    config, _ = PreTrainedConfig.get_config_dict(base)
-    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
-    if plain.get("bd_size"):  # what the official code of Fast-dLLM v2 calls the block size
-        plain["bd_size"] = family.block_size
-    return plain | {"mage_tune": family_facts(family)}
-
-
-def remote_code(base: str) -> list[Path]:
-    """The Python files of the base's authors, which its config.json may name; we copy and never run them."""
-    if Path(base).is_dir():
-        return sorted(Path(base).glob("*.py"))
-    return sorted(Path(snapshot_download(base, allow_patterns="*.py")).glob("*.py"))

@@ -221,7 +221,7 @@ def merge(
     """Merge an adapter into its base and save a checkpoint that loads by itself."""
     if out.exists():  # before minutes of loading
         raise ValueError(f"{out}: exists already; choose another folder or remove it")
-    from mage_tune.backbone import merge as run
+    from mage_tune.publish.merge import merge as run
 
     typer.echo(f"merged checkpoint written to {run(adapter, out, base)}")
 

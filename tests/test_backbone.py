@@ -16,7 +16,6 @@ from mage_tune.backbone import (
     hidden_states,
     load_backbone,
     load_tokenizer,
-    merge,
     output_head,
     random_backbone,
     read_family,
@@ -27,6 +26,7 @@ from mage_tune.blocks import StreamLayout
 from mage_tune.data.tokenizer import byte_tokenizer
 from mage_tune.families import CONVERTED, SDAR
 from mage_tune.lm import load
+from mage_tune.publish.merge import merge
 from mage_tune.streams import RowStreams, StreamAttention
 
 LENGTH, SIZE = 16, 4

@@ -187,7 +187,7 @@ def test_eval(call, fake) -> None:
 
 def test_merge(call, fake, tmp_path: Path) -> None:
     seen = []
-    fake("mage_tune.backbone", merge=lambda *arguments: seen.append(arguments) or arguments[1])
+    fake("mage_tune.publish.merge", merge=lambda *arguments: seen.append(arguments) or arguments[1])
     code, out, _ = call("merge", "run", "--out", str(tmp_path / "new"), "--base", "b")
     assert (code, out) == (0, f"merged checkpoint written to {tmp_path / 'new'}\n")
     assert seen == [("run", tmp_path / "new", "b")]

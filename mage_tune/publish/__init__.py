@@ -113,7 +113,7 @@ def write_dry_run(publication: Publication, folder: Path) -> Path:
 
 def merged_checkpoint(folder: Path, base: str) -> Path:
     """The run's merged checkpoint, made now unless the one that is there is of this very adapter."""
-    from mage_tune.backbone import merge
+    from mage_tune.publish.merge import merge
 
     out = folder / MERGED
     if out.is_dir():

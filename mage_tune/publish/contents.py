@@ -30,7 +30,15 @@ TOKENIZER = (
     "chat_template.jinja",
 )
 RECORDS = ("versions.json", "metrics.jsonl")
-MERGED = ("config.json", "generation_config.json", "merge.json", "model*.safetensors", "model.safetensors.index.json")
+MERGED = (
+    "config.json",
+    "generation_config.json",
+    "merge.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 """Of a merged checkpoint; `*.py` beside it is the official remote code, which its config.json names."""
 
 Content = bytes | Path

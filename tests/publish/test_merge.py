@@ -1,100 +1,238 @@
-"""A merged checkpoint: in the layout its base was published in, in its base's precision, whole or not at all."""
+"""A merged checkpoint: file for file what its base is, in its base's precision, whole or not at all."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mage_tune.backbone import load_backbone, merge, write_family
+from mage_tune.backbone import load_backbone, write_family
 from mage_tune.lm import load
+from mage_tune.publish.merge import INDEX, merge
 
 AUTHORS_CODE = """
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-class Config(Qwen2Config):
+class Fast_dLLM_QwenConfig(Qwen2Config):
     model_type = "Fast_dLLM_Qwen"
 
-class Model(Qwen2ForCausalLM):
-    config_class = Config
+class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):
+    config_class = Fast_dLLM_QwenConfig
+
+class SDARConfig(Qwen3Config):
+    model_type = "sdar"
+
+class SDARForCausalLM(Qwen3ForCausalLM):
+    config_class = SDARConfig
 """
-"""Stands for the official modeling.py, which is not ours to ship."""
+"""Stands for the official modelling files, which are not ours to ship: their classes, weight names and config keys are
+those of the official repositories, and the fixtures' weights were saved by them."""
+
+PUBLISHED = {
+    "fast_dllm_v2": {
+        "model_type": "Fast_dLLM_Qwen",
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling.Fast_dLLM_QwenConfig",
+            "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
+        },
+        "bd_size": 8,
+        "conplemenrary_mask": True,
+        "pad_token_id": 0,
+        "eos_token_id": 3,
+        "transformers_version": "4.53.1",
+    },
+    "sdar": {
+        "model_type": "sdar",
+        "architectures": ["SDARForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling.SDARConfig", "AutoModelForCausalLM": "modeling.SDARForCausalLM"},
+        "fuse_cross_entropy": True,
+        "micro_forward": False,
+        "rope_scaling": None,
+        "use_cache": False,
+        "eos_token_id": 3,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.52.4",
+    },
+    "converted": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+}
+"""What the authors' config.json says beside sizes."""
+
+BESIDE = {
+    "generation_config.json": '{"eos_token_id": [3], "temperature": 0.6}',
+    "LICENSE": "Apache License",
+    "chat_template.jinja": "{{ messages }}",
+    "notes.md": "not of the layout",
+    "optimizer.bin": "nor this",
+}
+IDS = torch.arange(4, 36).view(2, 16)
 
 
-@pytest.fixture
-def remote_base(published, tmp_path):
-    """A Fast-dLLM v2 checkpoint as its authors publish it, remote code included."""
-    folder = tmp_path / "base"
+def lay_out(folder: Path, name: str, tensors: dict, config: dict, dtype: str = "bfloat16") -> Path:
+    """A checkpoint as its authors publish it: two shards, one tensor of another precision, code and more beside it."""
     folder.mkdir()
-    source = published("fast_dllm_v2").folder
-    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    (folder / "modeling.py").write_text(AUTHORS_CODE)
-    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
-    config = json.loads((source / "config.json").read_text()) | {"auto_map": auto_map, "architectures": ["Model"]}
-    (folder / "config.json").write_text(json.dumps(config | {"bd_size": 4, "torch_dtype": "float32"}))
+    tensors = {key: value.to(getattr(torch, dtype)) for key, value in tensors.items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    names = sorted(tensors, reverse=True)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, keys in shards.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / shard, metadata={"format": "pt"})
+    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=3))
+    told = config | PUBLISHED[name] | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(told))
+    for file, text in BESIDE.items():
+        (folder / file).write_text(text)
+    if "auto_map" in told:
+        (folder / "modeling.py").write_text(AUTHORS_CODE)
     return folder
 
 
 @pytest.fixture
-def adapter(remote_base, tiny_adapter, tmp_path):
-    backbone = load_backbone(str(remote_base), mask_id=95, stop_ids=(3,), pad_id=0)
-    tiny_adapter(backbone).save_pretrained(str(tmp_path / "adapter"))
-    write_family(tmp_path / "adapter", backbone.family)
-    return tmp_path / "adapter"
+def make_base(published, tiny_backbone, converted_checkpoint, tmp_path):
+    """make_base(family, dtype) -> a published checkpoint."""
+
+    def make(name: str, dtype: str = "bfloat16") -> Path:
+        if name == "converted":
+            source = converted_checkpoint(tiny_backbone())
+            config = json.loads((source / "config.json").read_text())
+        else:
+            source = published(name).folder
+            config = published(name).facts["config"] | {"rms_norm_eps": 1e-6}
+        return lay_out(tmp_path / "base", name, load_file(source / "model.safetensors"), config, dtype)
+
+    return make
 
 
-IDS = torch.arange(4, 36).view(2, 16)
+@pytest.fixture
+def make_adapter(tiny_adapter, tmp_path):
+    """make_adapter(base, **options) -> the folder of an adapter on it."""
+
+    def make(base: Path, **options) -> Path:
+        given = {} if "llama" in (base / "config.json").read_text() else {"mask_id": 95, "stop_ids": (3,), "pad_id": 0}
+        backbone = load_backbone(str(base), dtype="float32", **given)
+        tiny_adapter(backbone, **options).save_pretrained(str(tmp_path / "adapter"))
+        write_family(tmp_path / "adapter", backbone.family)
+        return tmp_path / "adapter"
+
+    return make
 
 
-def test_the_bases_layout_is_kept_and_both_sides_load_it(remote_base, adapter, tmp_path, monkeypatch):
+def headers(file: Path) -> tuple:
+    """Names, precisions, shapes and metadata of a safetensors file, in the order that it is read."""
+    with safe_open(file, "pt") as stored:
+        tensors = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+        return stored.metadata(), {name: (t.get_dtype(), t.get_shape()) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_merged_folder_is_the_bases_file_for_file(family, make_base, make_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    out = merge(adapter, tmp_path / "merged", str(remote_base))
-    config, original = (json.loads((folder / "config.json").read_text()) for folder in (out, remote_base))
-    assert config.pop("mage_tune")["family"] == "fast_dllm_v2"
+    base = make_base(family)
+    adapter = make_adapter(base, train_mask_embedding=family == "converted")
+    out = merge(adapter, tmp_path / "merged", str(base))
+
+    kept = {file.name for file in base.iterdir()} - {"notes.md", "optimizer.bin"}
+    assert {file.name for file in out.iterdir()} == kept | {"merge.json"}
+    for name in kept - {"config.json"}:
+        if name.endswith(".safetensors"):
+            assert headers(out / name) == headers(base / name)
+            assert (out / name).read_bytes() != (base / name).read_bytes()
+        else:
+            assert (out / name).read_bytes() == (base / name).read_bytes()
+    config, original = (json.loads((folder / "config.json").read_text()) for folder in (out, base))
+    assert config.pop("mage_tune")["family"] == family
+    original.pop("mage_tune", None)  # a converted base has family facts already
     assert config == original
-    attached = load(remote_base, adapter=adapter)
-    assert torch.allclose(load(out).logits(IDS), attached.logits(IDS), atol=1e-4)
-    assert load(out).family == attached.family
-    official: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    assert type(official).__module__.endswith(".modeling")
-    untuned = load(remote_base, mask_id=95, stop_ids=(3,), pad_id=0)
+    assert list(config) == list(original)
+
+    attached = load(base, adapter=adapter, dtype="float32")
+    merged = load(out, dtype="float32")
+    assert merged.family == attached.family
+    report = json.loads((out / "merge.json").read_text())
+    assert 0 < report["mean_logit_difference"] < report["mean_adapter_effect"] / 20
+    difference = (merged.logits(IDS) - attached.logits(IDS)).abs()
+    assert difference.mean() < report["mean_adapter_effect"] / 20
+    official: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="float32")
+    if family != "converted":
+        assert type(official).__module__.endswith(".modeling")
     with torch.no_grad():
-        expected = attached.model(input_ids=IDS).logits
-        assert torch.allclose(official(input_ids=IDS).logits, expected, atol=1e-4)
-        assert not expected.allclose(untuned.model(input_ids=IDS).logits, atol=1e-2)
+        assert torch.equal(official(input_ids=IDS).logits, merged.model(input_ids=IDS).logits)
 
 
-def test_precision_is_the_bases_and_the_difference_is_told(remote_base, adapter, tmp_path):
-    exact = merge(adapter, tmp_path / "exact", str(remote_base))
-    report = json.loads((exact / "merge.json").read_text())
-    assert (report["saved_in"], report["merged_in"], report["tokens"]) == ("float32", "float32", 16)
-    assert 0 < report["mean_logit_difference"] < report["max_logit_difference"] < 1e-4
-    config = json.loads((remote_base / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
-    (remote_base / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
-    half = merge(adapter, tmp_path / "half", str(remote_base))
-    assert {tensor.dtype for tensor in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
-    rounded = json.loads((half / "merge.json").read_text())
+def test_precision_is_the_bases_and_the_difference_is_told(make_base, make_adapter, tmp_path):
+    base = make_base("fast_dllm_v2", "float32")
+    adapter = make_adapter(base)
+    exact = json.loads((merge(adapter, tmp_path / "exact", str(base)) / "merge.json").read_text())
+    assert (exact["saved_in"], exact["merged_in"], exact["tokens"]) == ("float32", "float32", 32)
+    assert 0 < exact["mean_logit_difference"] < exact["max_logit_difference"] < 1e-4
+    (tmp_path / "base").rename(tmp_path / "exact-base")
+    rounded = json.loads((merge(adapter, tmp_path / "half", str(make_base("fast_dllm_v2"))) / "merge.json").read_text())
     assert rounded["saved_in"] == "bfloat16"
-    assert rounded["mean_logit_difference"] > 100 * report["mean_logit_difference"]
-    assert "quantization_config" not in json.loads((half / "config.json").read_text())
+    assert rounded["mean_logit_difference"] > 100 * exact["mean_logit_difference"]
+    assert exact["mean_adapter_effect"] > 0.1
 
 
-def test_large_checkpoints_are_sharded(remote_base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("mage_tune.backbone.SHARD", "40KB")
-    out = merge(adapter, tmp_path / "merged", str(remote_base))
-    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
-    assert (out / "model.safetensors.index.json").is_file()
-    attached = load(remote_base, adapter=adapter)
-    assert torch.allclose(load(out).logits(IDS), attached.logits(IDS), atol=1e-4)
+def test_an_adapter_that_rounding_would_lose_is_refused(make_base, make_adapter, tmp_path):
+    base = make_base("fast_dllm_v2")
+    adapter = make_adapter(base)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    faint = {name: 1e-3 * value if "lora_B" in name else value for name, value in weights.items()}
+    save_file(faint, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"rounding to the base's precision loses what was trained; publish the adap"):
+        merge(adapter, tmp_path / "merged", str(base))
+    assert not (tmp_path / "merged").exists()
 
 
-def test_an_interrupted_merge_leaves_nothing(remote_base, adapter, tmp_path, monkeypatch):
+def test_a_tokenizer_of_the_runs_own_wins(make_base, make_adapter, tmp_path):
+    base = make_base("fast_dllm_v2")
+    adapter = make_adapter(base)
+    (adapter / "chat_template.jinja").write_text("{{ changed }}")
+    out = merge(adapter, tmp_path / "merged", str(base))
+    assert (out / "chat_template.jinja").read_text() == "{{ changed }}"
+
+
+def test_a_quantised_base_is_refused(make_base, make_adapter, tmp_path):
+    base = make_base("fast_dllm_v2")
+    adapter = make_adapter(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    line = r"stored quantised \(bitsandbytes\), and a merge needs full precision; name the checkpoint it was made from"
+    with pytest.raises(ValueError, match=line):
+        merge(adapter, tmp_path / "merged", str(base))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_under_other_names_are_refused(make_base, make_adapter, tmp_path):
+    base = make_base("fast_dllm_v2")
+    adapter = make_adapter(base)
+    for file in base.glob("*.safetensors"):  # as saved from the model without its head
+        tensors = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    index = (base / INDEX).read_text()
+    (base / INDEX).write_text(re.sub(r'"model\.(?!safe|0)', '"', index))
+    with pytest.raises(ValueError, match=r"call the weight model\.\S+ by another name, so it cannot be merged into them"):
+        merge(adapter, tmp_path / "merged", str(base))
+
+
+def test_what_is_no_adapter_is_refused(make_base, tmp_path):
+    with pytest.raises(ValueError, match=r"base: no adapter_config.json there, so it is no adapter$"):
+        merge(make_base("sdar"), tmp_path / "merged")
+
+
+def test_an_interrupted_merge_leaves_nothing(make_base, make_adapter, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mage_tune.backbone.remote_code", interrupted)
+    base = make_base("sdar")
+    adapter = make_adapter(base)
+    monkeypatch.setattr("mage_tune.publish.merge.compare", interrupted)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        merge(adapter, tmp_path / "merged", str(remote_base))
+        merge(adapter, tmp_path / "merged", str(base))
     assert sorted(tmp_path.iterdir()) == before
