@@ -16,7 +16,16 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor, nn
 
-from mage_tune.backbone import FAMILY_FILE, Backbone, hidden_states, load_backbone, output_head, read_family
+from mage_tune.backbone import (
+    FAMILY_FILE,
+    Backbone,
+    hidden_states,
+    load_backbone,
+    output_head,
+    read_family,
+    resolve_device,
+    resolve_dtype,
+)
 from mage_tune.families import Family
 from mage_tune.streams import RowStreams, StreamAttention
 
@@ -100,6 +109,9 @@ def load(
 ) -> BlockDiffusionLM:
     """Load a block-diffusion LM as published: a Hub-style folder or a Hub id, with or without an adapter.
 
+    Adapters stack: when the base of an adapter is an adapter itself (a conversion, say), that one is merged into its
+    own base in float32 first, in memory.
+
     Args:
         path: checkpoint folder or Hub id; or an adapter's (a run folder, say), whose own record then names the base.
         family: "fast_dllm_v2", "sdar" or "converted"; guessed from config.json, or from the adapter, when None.
@@ -125,8 +137,20 @@ def load(
         record = known
         # What the adapter was trained with wins over the checkpoint's config, and the caller over both.
         facts = {name: getattr(known, name) if fact is None else fact for name, fact in facts.items()}
-    backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
+    if adapter is not None and adapter_folder(str(path), revision) is not None:
+        lower = merged_in_memory(load(path, family, dtype="float32", device="cpu", revision=revision))
+        target = resolve_device(device)
+        lower.model.to(device=target, dtype=resolve_dtype(dtype, target))  # type: ignore[call-arg]
+        backbone = Backbone(lower.model, lower.tokenizer, (known or lower.family).with_overrides(**facts))
+    else:
+        backbone = load_backbone(str(path), family=record, revision=revision, dtype=dtype, device=device, **facts)
     return from_backbone(backbone, adapter)
+
+
+def merged_in_memory(lm: BlockDiffusionLM) -> Backbone:
+    """The backbone of a model with an adapter attached, the adapter now part of its weights."""
+    model: Any = lm.model
+    return Backbone(model.merge_and_unload(), lm.tokenizer, lm.family)
 
 
 def adapter_folder(path: str, revision: str | None = None) -> Path | None:

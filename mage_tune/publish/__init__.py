@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import get_token
 
 from mage_tune.publish import contents, hub
 from mage_tune.publish.card import make_card
@@ -66,7 +66,7 @@ def prepare(folder: Path, options: Options) -> Publication:
     base_id = contents.base_of(run, options.base_id)
     if run.results is None and not options.without_eval:
         raise ValueError(f"{folder}: not evaluated; run mage-tune eval {folder} first, or pass --without-eval")
-    api = HfApi()
+    api = hub.connect()
     if not options.dry_run:
         hub.check_account(api, options.repo_id)
     trained_on = Path(run.recipe.model.path or base_id)
@@ -89,7 +89,7 @@ def publish(publication: Publication, options: Options) -> str | None:
     Raises:
         HubError: one line with what to do; running again is always safe.
     """
-    api = HfApi()
+    api = hub.connect()
     commit = hub.upload(
         api,
         options.repo_id,

@@ -24,6 +24,7 @@ from huggingface_hub import (
     RepoFile,
     constants,
     get_token,
+    set_client_factory,
 )
 
 # HTTPError is the base of every error of the HTTP library that this version of the client uses, whichever that is.
@@ -36,13 +37,30 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import default_client_factory
 
 from mage_tune.publish.card import Base
 from mage_tune.publish.contents import CONFIG, Content, to_bytes
 
+PATIENCE = 120.0
+"""Seconds without a sign of life from the Hub after which a request counts as failed; the client alone never gives up.
+A large commit may take it a minute."""
+
 
 class HubError(ValueError):
     """What went wrong on the way to the Hub, in one line for the person who publishes."""
+
+
+def connect() -> HfApi:
+    """The client, made to notice a connection that hangs."""
+
+    def impatient() -> Any:
+        client = default_client_factory()
+        client.timeout = PATIENCE
+        return client
+
+    set_client_factory(impatient)
+    return HfApi()
 
 
 FIXES = {

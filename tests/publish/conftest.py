@@ -26,11 +26,13 @@ DRIVER = """
 import contextlib, io, json, sys, time
 time.sleep = lambda seconds: None  # the client's pauses between its own tries
 from mage_tune.cli import main
+from mage_tune.publish import hub
 for line in sys.stdin:
     out, err, code = io.StringIO(), io.StringIO(), 0
+    arguments, hub.PATIENCE = json.loads(line)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main(json.loads(line))
+            main(arguments)
         except SystemExit as done:
             code = done.code or 0
     print(json.dumps([code, out.getvalue(), err.getvalue()]), file=sys.__stdout__, flush=True)
@@ -78,8 +80,8 @@ class Client:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def run(self, *arguments: str) -> Done:
-        """The command in the client's one long-lived process."""
+    def run(self, *arguments: str, patience: float = 60.0) -> Done:
+        """The command in the client's one long-lived process; `patience`: seconds to wait for an answer."""
         if self.driver is None:
             self.driver = subprocess.Popen(
                 [sys.executable, "-c", DRIVER],
@@ -92,7 +94,7 @@ class Client:
             )
         assert self.driver.stdin is not None
         assert self.driver.stdout is not None
-        self.driver.stdin.write(json.dumps(arguments) + "\n")
+        self.driver.stdin.write(json.dumps([arguments, patience]) + "\n")
         self.driver.stdin.flush()
         return Done(*json.loads(self.driver.stdout.readline()))
 

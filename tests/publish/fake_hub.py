@@ -26,7 +26,10 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 
 Files = dict[str, bytes]
 Fault = Callable[[int, str, str], str | None]
-"""(number of the request, method, path) -> "drop", "drop answer", a status, "page" (of a proxy), "slow", or None."""
+"""(number of the request, method, path) -> "drop", "drop answer", a status, "page" (of a proxy), "slow", "hang" (does
+what was asked and answers too late), or None."""
+HANG = 0.7
+"""Seconds."""
 
 
 @dataclass
@@ -152,7 +155,12 @@ class Exchange:
             if fault == "drop answer":
                 self.handler.close_connection = True
                 return
-        self.send(status, headers, data if isinstance(data, bytes) else json.dumps(data).encode())
+        if fault == "hang":
+            time.sleep(HANG)
+        try:
+            self.send(status, headers, data if isinstance(data, bytes) else json.dumps(data).encode())
+        except OSError:  # nobody waits any more
+            self.handler.close_connection = True
 
     def send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.handler.send_response(status)

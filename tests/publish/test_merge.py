@@ -2,13 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from mage_tune.backbone import load_backbone, write_family
 from mage_tune.lm import load
@@ -208,6 +215,39 @@ def test_a_quantised_base_is_refused(make_base, make_adapter, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_trained_on_four_bits_merges_into_the_full_precision_base(make_base, tiny_adapter, tmp_path):
+    """What a QLoRA run leaves behind: the weights are those of the published base, never of its 4-bit copy."""
+    pytest.importorskip("bitsandbytes")
+    base = make_base("fast_dllm_v2", "float32")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    known = load_backbone(str(base), mask_id=95, stop_ids=(3,), pad_id=0)
+    config = Qwen2Config.from_pretrained(base)
+    model = Qwen2ForCausalLM.from_pretrained(base, config=config, quantization_config=nf4, device_map={"": "cpu"})
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    trained = tiny_adapter(replace(known, model=model)).eval()
+    trained.save_pretrained(str(tmp_path / "adapter"))
+    write_family(tmp_path / "adapter", known.family)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", str(base))
+    report = json.loads((out / "merge.json").read_text())
+    assert report["max_logit_difference"] < 1e-4 < report["mean_adapter_effect"] / 100
+    merged = load(out).model
+    before, after = (
+        torch.cat([load_file(file)[name] for file in sorted(folder.glob("*.safetensors")) if name in load_file(file)])
+        for folder in (base, out)
+        for name in ["model.layers.1.mlp.up_proj.weight"]
+    )
+    lora = {name.split("lora_")[1][0]: w for name, w in trained.named_parameters() if "1.mlp.up_proj.lora" in name}
+    torch.testing.assert_close(after - before, 2.0 * lora["B"].detach() @ lora["A"].detach(), rtol=0, atol=1e-6)
+    with torch.no_grad():  # near what it was trained with, and not that: four bits are coarse
+        quantised = (trained(input_ids=IDS).logits - merged(input_ids=IDS).logits).abs().mean()
+    assert report["mean_logit_difference"] * 10 < quantised < report["mean_adapter_effect"]
+
+
 def test_weights_under_other_names_are_refused(make_base, make_adapter, tmp_path):
     base = make_base("fast_dllm_v2")
     adapter = make_adapter(base)
@@ -216,7 +256,9 @@ def test_weights_under_other_names_are_refused(make_base, make_adapter, tmp_path
         save_file(tensors, file, metadata={"format": "pt"})
     index = (base / INDEX).read_text()
     (base / INDEX).write_text(re.sub(r'"model\.(?!safe|0)', '"', index))
-    with pytest.raises(ValueError, match=r"call the weight model\.\S+ by another name, so it cannot be merged into them"):
+    with pytest.raises(
+        ValueError, match=r"call the weight model\.\S+ by another name, so it cannot be merged into them"
+    ):
         merge(adapter, tmp_path / "merged", str(base))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mage_tune.lm import load
@@ -43,6 +44,18 @@ def commits(hub, repo=REPO, branch="main"):
 
 def is_whole(files):
     return files.keys() >= EVALUATED
+
+
+def split(folder, count):
+    """Cut a checkpoint's one file of weights into several."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    weight_map = {key: names[i % count] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        part = {key: tensors[key] for key, home in weight_map.items() if home == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 # --- what goes up ----------------------------------------------------------------------------------------------------
@@ -184,25 +197,34 @@ def test_an_unevaluated_run_needs_a_flag_and_its_card_says_so(hub, client, uneva
 # --- it comes back ---------------------------------------------------------------------------------------------------
 
 BACK = """
-import json, re, torch, mage_tune
+import contextlib, io, json, re, torch, mage_tune
 from pathlib import Path
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 ids = torch.arange(4, 36).view(2, 16)
 lm = mage_tune.load("me/tiny-mage")
 assert lm.family.block_size == 8 and lm.tokenizer is not None
 base = AutoModelForCausalLM.from_pretrained("me/base")
 peft = PeftModel.from_pretrained(base, "me/tiny-mage").eval()
+conversion = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/base"), "me/tiny-mage")
+on_top = PeftModel.from_pretrained(conversion.merge_and_unload(), "me/tuned-on-adapter").eval()
 found = {
     "adapter": lm.logits(ids).tolist(),
     "peft": peft(input_ids=ids).logits.tolist(),
     "merged": mage_tune.load("me/whole").logits(ids).tolist(),
-    "stacked": mage_tune.load("me/tuned").logits(ids).tolist(),
+    "tuned": mage_tune.load("me/tuned").logits(ids).tolist(),
+    "stacked": mage_tune.load("me/tuned-on-adapter").logits(ids).tolist(),
+    "stacked peft": on_top(input_ids=ids).logits.tolist(),
+    "stacked plain": mage_tune.load("me/tuned-on-adapter").model(input_ids=ids).logits.tolist(),
+    "stacked by hand": mage_tune.load("me/tiny-mage", adapter="me/tuned-on-adapter").logits(ids).tolist(),
 }
 card = Path(hf_hub_download("me/tiny-mage", "README.md")).read_text()
-exec(re.search(r"```python\\n(.*?)```", card, re.S)[1].replace("print(out.text)", ""))
-found["quick start"] = len(out.tokens)
+printed = io.StringIO()
+with contextlib.redirect_stdout(printed):
+    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
+found["quick start"] = [len(out.tokens), printed.getvalue() == out.text + "\\n"]
 print(json.dumps(found))
 """
 
@@ -217,6 +239,9 @@ def test_round_trip_by_id_in_a_clean_process(hub, client, make_run, run_folder, 
     tuned = make_run("tuned", whole, train_mask_embedding=True)
     done = client.run("publish", str(tuned), "--repo", "me/tuned", "--base-id", "me/whole", "--without-eval")
     assert (done.code, done.err) == (0, "")
+    command = ("publish", str(tuned), "--repo", "me/tuned-on-adapter", "--base-id", REPO, "--without-eval")
+    done = client.run(*command)
+    assert (done.code, done.err) == (0, "")
 
     found = json.loads(client.python(BACK).splitlines()[-1])
     ids = torch.arange(4, 36).view(2, 16)
@@ -224,11 +249,20 @@ def test_round_trip_by_id_in_a_clean_process(hub, client, make_run, run_folder, 
     assert torch.equal(torch.tensor(found["adapter"]), expected)
     torch.testing.assert_close(torch.tensor(found["merged"]), expected, rtol=0, atol=1e-4)
     assert not expected.allclose(load(base).logits(ids), atol=1e-2)
-    assert torch.equal(torch.tensor(found["stacked"]), load(whole, adapter=tuned).logits(ids))
+    both = load(whole, adapter=tuned).logits(ids)
+    assert not both.allclose(expected, atol=1e-2)
+    assert torch.equal(torch.tensor(found["tuned"]), both)
+    # The same two, the lower one an adapter still: our loader merges it, plain PEFT is told to.
+    torch.testing.assert_close(torch.tensor(found["stacked"]), both, rtol=0, atol=1e-4)
+    assert found["stacked by hand"] == found["stacked"]
+    torch.testing.assert_close(
+        torch.tensor(found["stacked peft"]), torch.tensor(found["stacked plain"]), rtol=0, atol=1e-4
+    )
     with torch.no_grad():
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run_folder).eval()
         assert torch.equal(torch.tensor(found["peft"]), plain(input_ids=ids).logits)
-    assert 0 < found["quick start"] <= 16
+    count, is_as_printed = found["quick start"]
+    assert 0 < count <= 16 and is_as_printed
 
 
 def test_merged_weights_have_a_card_of_their_own(hub, client, run_folder):
@@ -367,12 +401,53 @@ def test_whatever_breaks_the_second_run_completes_and_no_half_is_ever_seen(hub, 
             assert commit.files.keys() == UNEVALUATED | {".gitattributes"}, where
 
 
-def test_what_was_uploaded_before_a_failure_is_not_uploaded_again(hub, client, unevaluated):
-    hub.fault = lambda number, method, path: "503" if path.endswith("/commit/main") else None
-    assert client.run(*arguments(unevaluated, "--without-eval")).code == 2
+def test_what_was_uploaded_before_a_failure_is_not_uploaded_again(hub, client, make_run, base):
+    """Merged weights in several files, as large models have them; the connection breaks in the second."""
+    shards = base.with_name("sharded")
+    shutil.copytree(base, shards)
+    split(shards, 3)
+    run = make_run("sharded", shards)
+    command = arguments(run, "--without-eval", "--merged", "--license", "mit")
+    uploads = []
+
+    def broken(number, method, path):
+        uploads.extend([path] if method == "PUT" else [])
+        return "drop" if method == "PUT" and len(set(uploads)) > 1 else None
+
+    hub.fault = broken
+    done = client.run(*command)
+    assert (done.code, commits(hub)) == (2, []), done
+    assert "the connection broke" in done.err
+    complete = len(hub.blobs)
+    hub.requests.clear()
     hub.fault = lambda number, method, path: None
-    assert client.run(*arguments(unevaluated, "--without-eval")).code == 0
-    assert [method for method, _ in hub.requests].count("PUT") == 1
+    merged = (run / "publish-merged" / "merge.json").stat().st_mtime_ns
+    done = client.run(*command)
+    assert done.code == 0, done
+    assert (run / "publish-merged" / "merge.json").stat().st_mtime_ns == merged  # nor is it merged again
+    assert 1 <= complete < 3
+    assert [method for method, _ in hub.requests].count("PUT") == 3 - complete
+    [commit] = commits(hub)
+    assert len([name for name in commit.files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]) == 3
+
+
+def test_a_hub_that_hangs_is_given_up_on_and_the_second_run_completes(hub, client, base, unevaluated):
+    command = arguments(unevaluated, "--without-eval")
+    client.run(*command)
+    sequence = list(hub.requests)
+    for number, (method, path) in enumerate(sequence):
+        hub.reset()
+        hub.seed("me/base", base, CARD)
+        hub.fault = lambda i, m, p, n=number: "hang" if i == n else None
+        done = client.run(*command, patience=0.3)
+        where = f"{method} {path}: {done}"
+        # The client tries some requests again by itself, and then nothing is left to do.
+        assert done.code == 0 or re.match(r"error: .*: the connection broke \(.*timed out\); run the", done.err), where
+        assert all(commit.files.keys() >= UNEVALUATED for commit in commits(hub)), where
+        hub.fault = lambda i, m, p: None
+        assert client.run(*command).code == 0, where
+        [commit] = commits(hub)
+        assert commit.files.keys() == UNEVALUATED | {".gitattributes"}, where
 
 
 def test_a_slow_hub_is_waited_for(hub, client, unevaluated):
