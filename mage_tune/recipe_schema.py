@@ -311,9 +311,16 @@ class Train(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Autocast precision of the forward pass; auto is bfloat16 on a GPU, else float32."
     )
-    checkpointing: Literal["off", "non_reentrant", "reentrant"] = Field(
-        "off", description="Recompute activations in the backward pass; reentrant loses alignment gradients."
+    kernels: Literal["plain", "fused"] = Field(
+        "plain",
+        description="Decoder layers as transformers and PEFT write them, or with less memory traffic.",
     )
+    checkpointing: Literal["off", "mlp", "non_reentrant", "reentrant"] = Field(
+        "off",
+        description="What the backward pass recomputes: nothing, the feed-forward's first products (fused kernels "
+        "only) or whole layers; reentrant loses alignment gradients.",
+    )
+    offload: bool = Field(False, description="Hold the inputs of recomputed layers in host memory (non_reentrant).")
     log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
     save_every: int = Field(50, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
@@ -321,6 +328,20 @@ class Train(Section):
         "auto",
         description="auto: go on where a run stopped; never: refuse to touch a stopped run; or a checkpoint folder.",
     )
+
+    @model_validator(mode="after")
+    def _recomputation_fits(self) -> Self:
+        if self.checkpointing == "mlp" and self.kernels != "fused":
+            raise _contradiction("kernels", "plain, but checkpointing 'mlp' is a choice of fused layers; write fused")
+        if self.checkpointing == "reentrant" and self.kernels == "fused":
+            raise _contradiction("checkpointing", "fused layers are not recomputed that way; write non_reentrant")
+        if self.offload and self.checkpointing != "non_reentrant":
+            raise _contradiction(
+                "offload",
+                "only recomputed layers have inputs to hold; write checkpointing: non_reentrant, not "
+                f"{self.checkpointing}",
+            )
+        return self
 
 
 class Eval(Section):

@@ -30,6 +30,7 @@ from mage_tune.backbone import Backbone, attach_adapter, load_backbone, random_b
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator
 from mage_tune.data.mixture import build_mixture, preview
+from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
 from mage_tune.progress import ProgressReporter
 from mage_tune.recipe import Recipe, Train
 from mage_tune.run_folder import (
@@ -48,6 +49,9 @@ from mage_tune.stream_loss import StreamLoss
 
 LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
 """Times the median of the last steps at which a loss or a gradient norm is warned about; gradients vary more."""
+
+RECOMPUTED: dict[str, Recompute] = {"off": "nothing", "mlp": "mlp", "non_reentrant": "layer"}
+"""What fused layers make again for each value of train.checkpointing."""
 
 WRITE_FAILED = ("PytorchStreamWriter", "iostream error")
 """Texts of the RuntimeErrors with which torch.save reports a write that failed."""
@@ -306,20 +310,33 @@ def load_recipe_backbone(recipe: Recipe) -> Backbone:
 
 
 def build_adapter(backbone: Backbone, recipe: Recipe) -> PeftModel:
-    """The recipe's adapter on the backbone, initialised from the recipe's seed, with its checkpointing choice."""
-    if recipe.train.checkpointing != "off":
-        enable_checkpointing(backbone.model, use_reentrant=recipe.train.checkpointing == "reentrant")
+    """The recipe's adapter on the backbone, from the recipe's seed, with its kernels and checkpointing.
+
+    Raises:
+        ValueError: fused kernels do not know the model or the adapter.
+    """
+    settings = recipe.train
+    if settings.kernels == "plain" and settings.checkpointing != "off":
+        enable_checkpointing(
+            backbone.model, use_reentrant=settings.checkpointing == "reentrant", offload=settings.offload
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return attach_adapter(backbone, **recipe.adapter.model_dump())
+        model = attach_adapter(backbone, **recipe.adapter.model_dump())
+    if settings.kernels == "fused":
+        fuse(model, RECOMPUTED[settings.checkpointing], offload=settings.offload)
+    return model
 
 
-def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
-    """Recompute every decoder layer in the backward pass."""
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False, offload: bool = False) -> None:
+    """Recompute every decoder layer in the backward pass, from inputs held in host memory with `offload`."""
     # transformers renamed this within the range we support (5.23 warns about the old name).
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
+    if offload:
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = offloaded_checkpoint
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:

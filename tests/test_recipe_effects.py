@@ -21,6 +21,7 @@ from mage_tune.data import files
 from mage_tune.data.files import Record
 from mage_tune.evals import run as evaluation
 from mage_tune.evals.needles import TASKS
+from mage_tune.fused import offloaded_checkpoint
 from mage_tune.recipe import Eval, Recipe, load_recipe
 from mage_tune.recipe_schema import Section
 
@@ -139,7 +140,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "train.weight_decay": ("0.5",),
     "train.max_grad_norm": ("0.01",),
     "train.precision": ("bfloat16",),
+    "train.kernels": ("fused",),
     "train.checkpointing": ("non_reentrant",),
+    "train.offload": ("true", "train.checkpointing=non_reentrant"),
     "train.log_every": ("2",),
     "train.save_every": ("3",),
     "train.keep_checkpoints": ("1",),
@@ -210,7 +213,9 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             seen["model"] = model.get_base_model().config.to_dict()
             seen["workers"] = args.dataloader_num_workers
-            seen["checkpointing"] = model.get_base_model().model.layers[0].gradient_checkpointing
+            layer = model.get_base_model().model.layers[0]
+            seen["checkpointing"] = layer.gradient_checkpointing
+            seen["offload"] = getattr(layer, "_gradient_checkpointing_func", None) is offloaded_checkpoint
 
     build = trainer_module.build_trainer
 

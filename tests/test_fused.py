@@ -1,0 +1,228 @@
+"""Fused layers against transformers' and PEFT's own: values, gradients, what autograd keeps, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mage_tune.fused as fused
+from mage_tune.backbone import hidden_states
+from mage_tune.data.collate import Collator
+from mage_tune.fused import fuse, rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
+from mage_tune.recipe_schema import Objective
+from mage_tune.stream_loss import StreamLoss
+from mage_tune.streams import RowStreams, StreamAttention
+from mage_tune.trainer import enable_checkpointing
+
+OBJECTIVE = Objective.model_validate(
+    {
+        "diffusion": {"weight": 1.0},
+        "query_alignment": {"weight": 0.5, "skip_layers": 1},
+        "attention_alignment": {"weight": 0.25, "blocks": 3, "skip_layers": 0},
+        "sparse_distillation": {"weight": 2.0, "budget": 8, "dense_layers": 1},
+    }
+)
+MODES = [("nothing", False), ("mlp", False), ("layer", False), ("layer", True)]
+
+
+def gradients(model, batch) -> dict[str, Tensor]:
+    """The objective's sums under "sum ...", and the gradient of every trained parameter."""
+    sums = StreamLoss(OBJECTIVE).sums(model.train(), batch)
+    sum(value for name, value in sums.items() if name != "sparse_share").backward()
+    found = {f"sum {name}": value.detach() for name, value in sums.items()}
+    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def pair(tiny_backbone, tiny_adapter, make_examples):
+    """pair(prepare, ...) -> what two equal models find on the same batch, the second one prepared."""
+
+    def compare(prepare, *, dtype=torch.float64, shape=None, **adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = []
+        for change in (None, prepare):
+            backbone = tiny_backbone("converted", **shape or {})
+            if change is enable_offloaded:
+                change(backbone.model)
+            model = tiny_adapter(backbone, **adapter).to(dtype)
+            if change not in (None, enable_offloaded):
+                change(model)
+            batch = Collator(backbone.family, 0, **StreamLoss(OBJECTIVE).collator_needs())(
+                make_examples((24, 3), (20, 0))
+            )
+            found.append(gradients(model, batch))
+        return found[0], found[1]
+
+    return compare
+
+
+def enable_offloaded(model) -> None:
+    enable_checkpointing(model, offload=True)
+
+
+def assert_equal(plain: dict[str, Tensor], ours: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == plain.keys() and len(plain) > 20
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("recompute", "offload"), MODES)
+def test_sums_and_gradients_are_those_of_plain_layers(pair, architecture, recompute, offload):
+    plain, ours = pair(lambda m: fuse(m, recompute, offload=offload), shape={"architecture": architecture})
+    assert_equal(plain, ours, 1e-5)  # alignment runs in float32 whatever the model's precision
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "k_proj", "down_proj"], ["q_proj", "o_proj", "up_proj"]])
+def test_adapters_on_some_layers(pair, targets):
+    plain, ours = pair(fuse, targets=targets)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+    assert ours.keys() == plain.keys()
+
+
+def test_rank_stabilised_scaling_and_the_mask_embedding(pair):
+    plain, ours = pair(fuse, rslora=True, train_mask_embedding=True)
+    assert_equal(plain, ours, 1e-5)
+    assert any("token_adapter" in name for name in ours)
+
+
+def test_offloaded_inputs_of_plain_layers_change_nothing(pair):
+    plain, ours = pair(enable_offloaded)
+    assert_equal(plain, ours, 1e-12)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_under_autocast_gradients_are_as_near_to_exact_ones(tiny_backbone, tiny_adapter, make_examples, weights):
+    """The error of bfloat16, measured against float64: fused layers may not add to it."""
+
+    def found(dtype: torch.dtype, change=None, autocast: bool = False) -> dict[str, Tensor]:
+        backbone = tiny_backbone("converted", architecture="qwen2")
+        model = tiny_adapter(backbone)
+        model.to(dtype) if dtype == torch.float64 else backbone.model.to(weights)
+        if dtype != torch.float64:
+            for name, p in model.named_parameters():
+                if "lora" in name:
+                    p.data = p.data.float()
+        if change:
+            change(model)
+        batch = Collator(backbone.family, 0, **StreamLoss(OBJECTIVE).collator_needs())(make_examples((24, 3)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return gradients(model, batch)
+
+    exact = found(torch.float64)
+
+    def error(values: dict[str, Tensor]) -> float:
+        names = [name for name in exact if "lora" in name]
+        assert all(values[name].dtype == torch.float32 for name in names)
+        apart = sum((values[name].double() - exact[name]).square().sum() for name in names)
+        return float((apart / sum(exact[name].square().sum() for name in names)).sqrt())
+
+    plain, ours = (error(found(torch.float32, change, True)) for change in (None, fuse))
+    assert 0 < ours < 1.5 * plain + 1e-3
+
+
+def test_elementwise_gradients_are_derivatives():
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, grad = torch.randn(4, 5, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.rand(12, generator=generator, dtype=torch.float64) + 0.5
+    (expected,) = torch.autograd.grad(rms_norm(x, weight, 1e-6, torch.float64), x, grad)
+    torch.testing.assert_close(rms_norm_backward(grad, x, weight, 1e-6), expected)
+    of_gate, of_up = torch.autograd.grad(swiglu(gate, up), (gate, up), grad)
+    torch.testing.assert_close(swiglu_backward(grad, gate, up), (swiglu(gate, up), of_gate, of_up))
+
+
+def test_rotation_is_transformers_own():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 3, 7, 8, generator=generator), torch.randn(2, 1, 7, 8, generator=generator)
+    angle = torch.randn(1, 7, 4, generator=generator).repeat(1, 1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    expected = apply_rotary_pos_emb(query, key, cos, sin)
+    torch.testing.assert_close(rotated(query, key, cos[:, None], sin[:, None]), expected)
+
+
+def kept_bytes(model, length: int) -> int:
+    """Bytes of distinct storages that autograd keeps in a forward pass, parameters apart."""
+    kept: dict[int, int] = {}
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in owned and x.numel() >= length:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(6, 60, (1, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = hidden_states(model.train(), ids, torch.arange(length)[None], lambda layer, q, k, v, scaling: q * 1)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_fused_layers_keep_about_half_and_less_with_the_feed_forward_recomputed(tiny_backbone, tiny_adapter):
+    shape = {"architecture": "qwen2", "num_layers": 2, "intermediate_size": 160}
+    kept = {}
+    for name, change in {
+        "plain": lambda m: None,
+        "nothing": fuse,
+        "mlp": lambda m: fuse(m, "mlp"),
+        "layer": lambda m: fuse(m, "layer"),
+    }.items():
+        model = tiny_adapter(tiny_backbone("converted", **shape))
+        change(model)
+        kept[name] = kept_bytes(model, 1024)
+    assert kept["nothing"] < 0.62 * kept["plain"]
+    assert kept["mlp"] < 0.55 * kept["nothing"]
+    assert kept["layer"] < 0.5 * kept["mlp"]
+
+
+def test_the_last_product_is_not_recomputed(tiny_backbone, tiny_adapter, monkeypatch):
+    model = tiny_adapter(tiny_backbone("converted", num_layers=1))
+    fuse(model, "layer")
+    products: list[tuple[int, int]] = []
+    weight = fused.Frozen.weight
+
+    def counted(self, dtype):
+        products.append(tuple(self.base.weight.shape))
+        return weight(self, dtype)
+
+    monkeypatch.setattr(fused.Frozen, "weight", counted)
+    row = RowStreams(32, 4, noisy=1)
+    out = hidden_states(model.train(), torch.full((1, 64), 7), torch.arange(64)[None], StreamAttention(row).attend)
+    assert products.count((32, 48)) == 1  # down_proj, forward
+    out.sum().backward()
+    assert products.count((32, 48)) == 2  # its input gradient: no recomputation
+    assert products.count((48, 32)) == 6  # gate and up: forward, again, input gradient
+
+
+def test_an_adapter_that_is_off_is_off(tiny_backbone, tiny_adapter):
+    backbone = tiny_backbone("converted")
+    ids, row = torch.full((1, 64), 7), RowStreams(32, 4, noisy=1)
+
+    def states(model) -> Tensor:
+        with torch.no_grad():
+            return hidden_states(model, ids, torch.arange(64)[None], StreamAttention(row).attend)
+
+    bare = states(backbone.model)
+    model = tiny_adapter(backbone)
+    fuse(model)
+    assert not torch.allclose(states(model), bare)
+    with model.disable_adapter():
+        torch.testing.assert_close(states(model), bare)
+
+
+def test_decoding_goes_the_plain_way(tiny_backbone, tiny_adapter, monkeypatch):
+    model = tiny_adapter(tiny_backbone("converted")).eval()
+    ids = torch.randint(6, 60, (1, 16))
+    before = model(input_ids=ids).logits
+    fuse(model)
+    monkeypatch.setattr(fused, "layer_forward", None)  # would fail if it were called
+    assert model(input_ids=ids).logits.equal(before)
+
+
+@pytest.mark.parametrize("adapter", [{"dora": True}, {"dropout": 0.1}])
+def test_adapters_of_other_arithmetic_are_refused(tiny_backbone, tiny_adapter, adapter):
+    model = tiny_adapter(tiny_backbone("converted"), **adapter)
+    with pytest.raises(ValueError, match="fused has neither DoRA nor dropout"):
+        fuse(model)
