@@ -128,15 +128,19 @@ def plan(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Adapter to compare a model with.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="What to measure: quick, standard, full or a YAML file; the recipe's by default.")
+    ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a key of the recipe's eval section.")
+        list[str] | None,
+        typer.Option("--set", metavar="A=B", help="Override a key of the recipe's eval section, or of the suite."),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Prove it: base against adapter, exact against sparse attention."""
     from mage_tune.evals.run import evaluate as run
 
-    run(target, adapter=adapter, overrides=overrides or [])
+    run(target, adapter=adapter, overrides=overrides or [], suite=suite)
 
 
 @app.command()

@@ -42,6 +42,7 @@ from mage_tune.recipe_schema import (
     Recipe,
     RetrievalSource,
     Section,
+    Suite,
     TextSource,
     Train,
 )
@@ -57,10 +58,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RetrievalSource",
+    "Suite",
     "TextSource",
     "Train",
     "json_schema",
     "load_recipe",
+    "load_suite",
     "override_section",
     "resolved_yaml",
 ]
@@ -106,6 +109,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(parsed, override)
     return _validate(Recipe, parsed, Path(path).resolve().parent)
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """Read and check a suite of evaluation tasks; `overrides` as in `load_recipe`.
+
+    Raises:
+        RecipeError: as `load_recipe` does.
+    """
+    parsed = _parse(_read_text(Path(path)), str(path))
+    for override in overrides:
+        _apply(parsed, override.removeprefix("eval."))
+    return _validate(Suite, parsed, Path(path).resolve().parent)
 
 
 def override_section(section: SomeSection, overrides: Sequence[str]) -> SomeSection:
@@ -449,7 +464,8 @@ def _explain(error: ErrorDetails, parsed: _Parsed, schema: type[Section]) -> Rec
     if kind == "contradiction":
         return parsed.error((*path, *context["key"].split(".")), context["reason"])
     if kind == "union_tag_not_found":
-        return parsed.error((*path, "kind"), "required key is missing; add it (text, chat or retrieval)")
+        kinds = "text, chat or retrieval" if schema is Recipe else "text, needles, copy, ...: docs/evaluation.md"
+        return parsed.error((*path, "kind"), f"required key is missing; add it ({kinds})")
     if kind == "union_tag_invalid":
         path, context, got = (*path, "kind"), {"expected": context["expected_tags"]}, context["tag"]
     elif kind == "missing":
@@ -476,7 +492,7 @@ def _written_path(loc: tuple[str | int, ...]) -> KeyPath:
     return tuple(
         part
         for i, part in enumerate(loc)
-        if i == 0 or not (isinstance(part, str) and loc[i - 2 : i - 1] == ("sources",))
+        if i == 0 or not (isinstance(part, str) and loc[i - 2 : i - 1] in (("sources",), ("tasks",)))
     )
 
 

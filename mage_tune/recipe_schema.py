@@ -17,6 +17,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 TokenId = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 PATH: dict[str, Any] = {"format": "path"}
 """Marks a field that may hold a local path (in the JSON schema too)."""
@@ -367,6 +368,115 @@ class Eval(Section):
         if self.budgets != sorted(set(self.budgets)):
             raise _contradiction("budgets", f"not ascending; write {sorted(set(self.budgets))}")
         return self
+
+
+class RuleSpec(Section):
+    """A selection rule of a suite: one arm for every budget."""
+
+    rule: str = Field(description="Name of the rule: mage, quest, tidal, ...")
+    budgets: list[Count] = Field(min_length=1, description="Keys kept per KV head, one arm each.")
+    options: dict[str, Any] = Field({}, description="Further options of the rule: sinks, recent, refresh, ...")
+
+
+class WindowSpec(Section):
+    """What tasks on held-out text have in common."""
+
+    context: int = Field(2048, ge=1, description="Tokens of a window; whole blocks.")
+    documents: int = Field(16, ge=1, description="Windows, spread evenly over the text.")
+
+
+class ProbeSpec(WindowSpec):
+    """Probes of some blocks of every window."""
+
+    blocks: int = Field(8, ge=1, description="Blocks probed per window, all in its second half.")
+
+
+class TextSpec(ProbeSpec):
+    """Recall, attention mass, query cosine and CE gap of MAGE's choice, all budgets in one pass."""
+
+    kind: Literal["text"]
+    name: str = Field("text", description="Name of the task in the results.")
+    budgets: list[Count] = Field([16, 64, 128], min_length=1, description="Keys kept per KV head.")
+
+
+class RulesSpec(ProbeSpec):
+    """Cross-entropy and recall of held-out text under every arm of the suite."""
+
+    kind: Literal["rules"]
+    name: str = Field("rules", description="Name of the task in the results.")
+
+
+class LayersSpec(ProbeSpec):
+    """Which layers the cost of an early choice comes from."""
+
+    kind: Literal["layers"]
+    name: str = Field("layers", description="Name of the task in the results.")
+    budget: int = Field(64, ge=1, description="Keys kept per KV head.")
+
+
+class NeedlesSpec(Section):
+    """Needles in a haystack over a grid of context lengths and depths; a task for each kind."""
+
+    kind: Literal["needles"]
+    name: str = Field("needles", description="Name of the tasks in the results, before the kind of needle.")
+    needle_kinds: list[Literal["single", "multi_key", "multi_value", "multi_query"]] = Field(
+        ["single", "multi_key", "multi_value", "multi_query"], min_length=1, description="What is asked."
+    )
+    lengths: list[Count] = Field([2048], min_length=1, description="Tokens of the prompts.")
+    depths: list[Share] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1, description="Where the answer stands.")
+    needles: int = Field(12, ge=2, description="Needles in a haystack, those asked for included.")
+    asked: int = Field(3, ge=2, description="Values asked for by multi_value and multi_query.")
+    questions: int = Field(2, ge=1, description="Questions per length and depth.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps per block; by the threshold when left out.")
+
+    @model_validator(mode="after")
+    def _some_are_asked_for(self) -> Self:
+        if self.asked > self.needles:
+            raise _contradiction("asked", f"{self.asked} of {self.needles} needles; ask for at most {self.needles}")
+        return self
+
+
+class CopySpec(WindowSpec):
+    """Write on a passage that was seen before."""
+
+    kind: Literal["copy"]
+    name: str = Field("copy", description="Name of the task in the results.")
+    steps: int | None = Field(8, ge=1, description="Denoising steps per block; by the threshold when null.")
+
+
+class ContinueSpec(WindowSpec):
+    """Write the next block of plain text."""
+
+    kind: Literal["continue"]
+    name: str = Field("continue", description="Name of the task in the results.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps per block; by the threshold when left out.")
+
+
+class BenchmarkSpec(Section):
+    """A public benchmark."""
+
+    kind: Literal["lm_eval", "ruler", "longbench"]
+    options: dict[str, Any] = Field({}, description="What the benchmark takes; see docs/evaluation.md.")
+
+
+TaskSpec = Annotated[
+    TextSpec | RulesSpec | LayersSpec | NeedlesSpec | CopySpec | ContinueSpec | BenchmarkSpec,
+    Field(discriminator="kind"),
+]
+
+
+class Suite(Section):
+    """A set of tasks and arms for `mage-tune eval --suite`."""
+
+    description: str = Field("", description="One line about the suite.")
+    text: str | None = Field(
+        None, description="Held-out text; that of the run's recipe when left out.", json_schema_extra=PATH
+    )
+    seed: int = Field(1234, ge=0, description="Seed of windows, reveals, needles and passages.")
+    threshold: float = Field(0.9, gt=0, le=1, description="Confidence above which a decoded token is accepted.")
+    dense_layers: int = Field(2, ge=0, description="First layers that stay exact.")
+    rules: list[RuleSpec] = Field([], description="Sparse arms; exact attention is always one.")
+    tasks: list[TaskSpec] = Field(min_length=1, description="What is measured.")
 
 
 class Recipe(Section):

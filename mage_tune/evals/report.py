@@ -1,7 +1,7 @@
 """What an evaluation found, for people: tables on the terminal, PNG plots, and one self-contained report.html.
 
-Everything here reads the dictionary that `mage_tune.evals.run.summarise` makes (eval/results.json) and measures
-nothing itself. What a number is called, which way is better and what it means is said once, in `TEXT` and `NEEDLES`.
+Everything here reads the dictionary that `mage_tune.evals.results.summarise` makes (eval/results.json) and measures
+nothing itself. What a number is called, which way is better and what it means is in the result, from its task.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mage_tune.evals.needles import TASKS
 from mage_tune.evals.plots import Plot, draw_plots
-from mage_tune.evals.stats import Estimate
+from mage_tune.evals.stats import Estimate, Paired
 
 Result = dict[str, Any]
 Verdict = Literal["better", "worse", "unclear", "too few"]
@@ -32,88 +31,40 @@ SAMPLES = 6
 """Sample answers shown per needle task."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a number is called, which way is better, and what it means."""
-
-    label: str
-    subject: str
-    higher_is_better: bool
-    meaning: str
-
-
-TEXT = {
-    "recall": Metric(
-        "recall@{k}",
-        "Recall@{k}",
-        True,
-        "share of a later step's own top-k prefix keys that the all-[MASK] step had already chosen",
-    ),
-    "mass": Metric(
-        "mass kept@{k}",
-        "The attention mass kept at k = {k}",
-        True,
-        "share of a later step's attention over the prefix that falls on the k keys chosen at the all-[MASK] step",
-    ),
-    "query_cosine": Metric(
-        "query cosine",
-        "The query cosine",
-        True,
-        "cosine of the block-average queries of the all-[MASK] step and of a later step",
-    ),
-    "ce_exact": Metric(
-        "CE exact",
-        "Cross-entropy with exact attention",
-        False,
-        "cross-entropy of the still masked tokens, in nats per token, when every step sees the whole prefix",
-    ),
-    "ce_mask": Metric(
-        "CE mask-{k}",
-        "Cross-entropy with keys chosen at the all-[MASK] step (k = {k})",
-        False,
-        "the same when later steps see only the k keys chosen at the all-[MASK] step",
-    ),
-    "ce_oracle": Metric(
-        "CE oracle-{k}",
-        "Cross-entropy with keys chosen at the same step (k = {k})",
-        False,
-        "the same with k keys chosen at the very step that uses them: the best that this selection could do",
-    ),
-    "ce_gap": Metric(
-        "CE gap@{k}",
-        "The CE gap at k = {k} (mask-k less exact, in nats)",
-        False,
-        "CE mask-k less CE exact: what it costs to choose keys at the all-[MASK] step",
-    ),
+SUBJECTS = {
+    "recall": "Recall@{k}",
+    "mass": "The attention mass kept at k = {k}",
+    "query_cosine": "The query cosine",
+    "ce_exact": "Cross-entropy with exact attention",
+    "ce_mask": "Cross-entropy with keys chosen at the all-[MASK] step (k = {k})",
+    "ce_oracle": "Cross-entropy with keys chosen at the same step (k = {k})",
+    "ce_gap": "The CE gap at k = {k} (mask-k less exact, in nats)",
 }
-"""Text probes: key in results.json up to its "@k" -> metric, in the order they are shown."""
+"""Text probes, in the order they are shown: metric up to its "@k" -> how a sentence calls it."""
 
 NEEDLES = {
-    "": Metric(
-        "right answers",
-        "The share of {task}-needle questions answered right ({attention})",
-        True,
-        "share of questions whose answer has every value asked for",
-    ),
-    "_found": Metric(
-        "values found",
-        "The share of values found in {task}-needle questions ({attention})",
-        True,
-        "share of the values asked for that are in the answer",
-    ),
-    "_forwards": Metric(
-        "forwards per block",
-        "The number of forwards per block in {task}-needle questions ({attention})",
-        False,
-        "denoising forward passes per block written: fewer is faster",
-    ),
+    "right": "The share of {task}-needle questions answered right ({shown})",
+    "found": "The share of values found in {task}-needle questions ({shown})",
+    "forwards": "The number of forwards per block in {task}-needle questions ({shown})",
 }
-"""Needle tasks: what follows "task_attention" in a key of results.json -> metric."""
+"""Needle tasks: metric -> how a sentence calls it."""
+
+GROUPS = {
+    "text": "Held-out text",
+    "rules": "Held-out text, rule by rule",
+    "layers": "Layers",
+    "needles": "Needles",
+    "continuation": "Copying and going on",
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "lm_eval": "Benchmarks",
+}
+"""Kind of task -> heading."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of every arm, and the paired adapter - base difference when there are two arms."""
+    """One number of every side, and the paired adapter - base difference when there are two."""
 
     key: str
     label: str
@@ -139,6 +90,12 @@ class Row:
         """An arrow towards better."""
         return "↑" if self.higher_is_better else "↓"
 
+    @property
+    def score(self) -> str:
+        """ "5 / 2 / 1": units on which the second side won, tied and lost."""
+        found = self.difference
+        return f"{found.wins} / {found.ties} / {found.losses}" if isinstance(found, Paired) else ""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -153,52 +110,92 @@ class Section:
     @property
     def units(self) -> str:
         """What every number is a mean over."""
-        return f"{self.rows[0].arms['base'].n} {self.rows[0].unit}"
+        counts = sorted({row.arms[next(iter(row.arms))].n for row in self.rows})
+        shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        return f"{shown} {self.rows[0].unit}"
 
 
 def sections(result: Result) -> list[Section]:
-    """Every number of the result, in the order of reading: text probes, then needle tasks."""
-    found = [text_section(result)]
-    if result["records"]["base"]["needles"]:
-        found += [needle_section(result, suffix) for suffix in NEEDLES]
-    return found
+    """Every number of the result, in the order of reading: text probes, then one table for each measure of a kind.
+
+    Raises:
+        ValueError: the result was written by an older version.
+    """
+    if "metrics" not in result:
+        raise ValueError("these results were written by an older mage_tune; run mage-tune eval again")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, info in result["metrics"].items():
+        is_probe = info["kind"] == "text"
+        # Costs after all scores of a kind; probes of one task share a table.
+        title = task_title(result, info["task"]) if is_probe else f"{group_title(info)}: {info['label']}"
+        groups.setdefault((info["kind"], title), []).append(key)
+    kinds = list(dict.fromkeys(kind for kind, _ in groups))
+    ordered = sorted(groups, key=lambda group: (kinds.index(group[0]), is_cost(result, groups[group])))
+    return [make_section(result, kind, title, groups[kind, title]) for kind, title in ordered]
 
 
-def text_section(result: Result) -> Section:
-    """The text probes, metric by metric, budget by budget."""
-    rows = []
-    for name, metric in TEXT.items():
-        has_budget = "{k}" in metric.label
-        for k in result["settings"]["budgets"] if has_budget else [None]:
-            key = f"{name}@{k}" if has_budget else name
-            rows.append(make_row(result, key, metric, metric.label.format(k=k), "windows", k=k))
-    meanings = {metric.label.format(k="k"): metric.meaning for metric in TEXT.values()}
-    return Section("Held-out text", rows, meanings)
+def is_cost(result: Result, keys: list[str]) -> bool:
+    """Whether a table is about speed."""
+    return bool(result["metrics"][keys[0]]["is_cost"])
 
 
-def needle_section(result: Result, suffix: str) -> Section:
-    """One measure of the needle tasks: every task with every kind of attention."""
-    metric = NEEDLES[suffix]
-    rows = []
-    for task, arms in result["records"]["base"]["needles"].items():
-        for attention in arms:
-            shown = attention_name(attention, result["settings"])
-            key, label = f"{task}_{attention}{suffix}", f"{task}, {shown}"
-            if key in result["arms"]["base"]:
-                rows.append(make_row(result, key, metric, label, "questions", task=task, attention=shown))
-    return Section(f"Needles: {metric.label}", rows, {metric.label: metric.meaning}, is_coarse=suffix == "")
+def group_title(info: dict[str, Any]) -> str:
+    """Heading of a kind of task."""
+    return GROUPS.get(info["kind"], info["kind"])
 
 
-def attention_name(attention: str, settings: dict[str, Any]) -> str:
-    """A selection rule with its budget."""
-    return attention if attention == "exact" else f"{attention} k={settings['needle_budget']}"
+def task_title(result: Result, task: str) -> str:
+    """Heading of a task, with its name where it is not the only one of its kind."""
+    facts = result["tasks"][task]
+    alone = sum(other["kind"] == facts["kind"] for other in result["tasks"].values()) == 1
+    return str(facts["title"]) if alone else f"{facts['title']} ({task})"
 
 
-def make_row(result: Result, key: str, metric: Metric, label: str, unit: str, **names: Any) -> Row:
-    """Look a metric up in every arm; `names` fill in the metric's subject."""
-    arms = {arm: Estimate(**estimates[key]) for arm, estimates in result["arms"].items()}
-    difference = Estimate(**result["paired"][key]) if result["paired"] else None
-    return Row(key, label, metric.subject.format(**names), unit, metric.higher_is_better, arms, difference)
+def make_section(result: Result, kind: str, title: str, keys: list[str]) -> Section:
+    """One table."""
+    if kind == "text":
+        names = list(SUBJECTS)
+        keys = sorted(keys, key=lambda key: names.index(result["metrics"][key]["metric"].partition("@")[0]))
+    meanings, rows = {}, []
+    for key in keys:
+        info = result["metrics"][key]
+        rows.append(make_row(result, key))
+        budget = info["metric"].partition("@")[2]
+        meanings[info["label"].replace(budget, "k") if budget else info["label"]] = info["meaning"]
+    coarse = all(isinstance(value, bool) for value in next(iter(result["values"].values()))[keys[0]])
+    return Section(title, rows, {label: meaning for label, meaning in meanings.items() if meaning}, is_coarse=coarse)
+
+
+def make_row(result: Result, key: str) -> Row:
+    """One number with everything around it."""
+    info = result["metrics"][key]
+    arms = {side: Estimate(**found[key]) for side, found in result["arms"].items()}
+    change = Paired(**result["paired"][key]) if result["paired"] else None
+    label = info["label"] if info["kind"] in ("text", "layers") else row_label(result, info)
+    return Row(key, label, subject(info), info["unit"], info["higher_is_better"], arms, change)
+
+
+def row_label(result: Result, info: dict[str, Any]) -> str:
+    """ "multi, mage k=32"; the reading alone where a kind has one task."""
+    others = {other["task"] for other in result["metrics"].values() if other["kind"] == info["kind"]}
+    return str(info["shown"]) if len(others) == 1 else f"{short_name(info)}, {info['shown']}"
+
+
+def short_name(info: dict[str, Any]) -> str:
+    """A task's name without its kind in front."""
+    return str(info["task"]).removeprefix(f"{info['kind']}_")
+
+
+def subject(info: dict[str, Any]) -> str:
+    """How a sentence calls a number."""
+    name, _, budget = info["metric"].partition("@")
+    if info["kind"] == "text" and name in SUBJECTS:
+        return SUBJECTS[name].format(k=budget)
+    if info["kind"] == "needles" and name in NEEDLES:
+        return NEEDLES[name].format(task=short_name(info), shown=info["shown"])
+    if info["kind"] == "layers":
+        return f"{info['label'].capitalize()} ({info['task']})"
+    return f"{group_title(info)}, {short_name(info)}: {info['label']} ({info['shown']})"
 
 
 # --- words ---
@@ -234,19 +231,41 @@ def sentence(row: Row) -> str:
 
 
 def headline(result: Result) -> str:
-    """The one sentence to remember: recall at the largest budget."""
-    return sentence(rows_by_key(result)[f"recall@{max(result['settings']['budgets'])}"])
+    """The one sentence to remember: recall at the largest budget, or else the first task's own headline."""
+    if "metrics" not in result:
+        raise ValueError("these results were written by an older mage_tune; run mage-tune eval again")
+    keys = [key for key, info in result["metrics"].items() if info["is_headline"]]
+    return sentence(make_row(result, (keys or list(result["metrics"]))[0]))
 
 
 def summary(result: Result) -> list[tuple[Verdict | None, str]]:
-    """(verdict, sentence) of what matters beside the headline: cost of sparsity, cost of tuning, sparse needles."""
-    wanted = [f"ce_gap@{max(result['settings']['budgets'])}", "ce_exact"]
-    for task, arms in result["records"]["base"]["needles"].items():
-        for attention in arms:
-            if attention != "exact":
-                wanted += [f"{task}_{attention}", f"{task}_{attention}_forwards"]
-    rows = rows_by_key(result)
-    return [(rows[key].verdict, sentence(rows[key])) for key in wanted]
+    """(verdict, sentence) of what matters beside the headline: cost of sparsity, cost of tuning, sparse tasks."""
+    wanted = []
+    for task, facts in result["tasks"].items():
+        mine = {key: info for key, info in result["metrics"].items() if info["task"] == task}
+        if facts["kind"] == "text":
+            gaps = [key for key, info in mine.items() if info["metric"].startswith("ce_gap@")]
+            wanted += [gaps[-1], *(key for key, info in mine.items() if info["metric"] == "ce_exact")]
+            continue
+        shown = spoken_reading(mine)
+        wanted += [
+            key
+            for key, info in mine.items()
+            if info["reading"] == shown and (info["is_headline"] or info["is_cost"]) and key != headline_key(result)
+        ]
+    rows = [make_row(result, key) for key in wanted]
+    return [(row.verdict, sentence(row)) for row in rows]
+
+
+def headline_key(result: Result) -> str | None:
+    """Key of the number that the headline is about."""
+    return next((key for key, info in result["metrics"].items() if info["is_headline"]), None)
+
+
+def spoken_reading(metrics: dict[str, dict[str, Any]]) -> str:
+    """Of a task's arms the one that words are about: MAGE's at its smallest budget, else the last."""
+    readings = list(dict.fromkeys(info["reading"] for info in metrics.values()))
+    return next((reading for reading in readings if reading.split()[0] == "mage"), readings[-1])
 
 
 def rows_by_key(result: Result) -> dict[str, Row]:
@@ -272,6 +291,8 @@ def print_tables(result: Result) -> None:
     console = Console(highlight=False)
     for section in sections(result):
         console.print(table(section))
+    for name, why in result["skipped"].items():
+        console.print(f"{name} was skipped: {why}", style="yellow")
     if result["paired"]:
         console.print(
             "↑ higher is better, ↓ lower is better. ✔ ✘: the 95 % interval of the paired change excludes 0.",
@@ -321,14 +342,15 @@ def value_cell(estimate: Estimate, *, with_interval: bool) -> Text:
 # --- files ---
 
 
-def write_report(result: Result, out: Path) -> None:
+def write_report(result: Result, out: Path, log: Path | None = None) -> None:
     """Write plots and report.html into `out`.
 
     Args:
-        result: what `mage_tune.evals.run.summarise` made, or results.json read back.
-        out: existing folder; the training curves come from metrics.jsonl beside it, if there is one.
+        result: what `mage_tune.evals.results.summarise` made, or results.json read back.
+        out: existing folder.
+        log: metrics.jsonl of the run, for the training curves.
     """
-    plots = draw_plots(result, training_log(out.parent / "metrics.jsonl"))
+    plots = draw_plots(result, training_log(log) if log is not None else [])
     for plot in plots:
         (out / f"{plot.name}.png").write_bytes(plot.light)
         (out / f"{plot.name}-dark.png").write_bytes(plot.dark)
@@ -364,7 +386,10 @@ def html(result: Result, plots: list[Plot]) -> str:
         plots=plots,
         embed=lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
         samples=list(samples(result)),
-        asked=TASKS,
+        costs=list(sparse_costs(result)),
+        times=times(result),
+        tasks=result["tasks"],
+        skipped=result["skipped"],
         settings=result["settings"],
         environment=result["environment"],
         fewest=FEWEST_UNITS,
@@ -379,8 +404,52 @@ def title(result: Result) -> str:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a sparse arm changes against exact attention, on one side."""
+
+    side: str
+    label: str
+    direction: str
+    exact: float
+    sparse: float
+    change: Paired
+
+
+def sparse_costs(result: Result) -> Iterator[Cost]:
+    """Every score (costs apart) of every sparse arm against the exact arm of the same side."""
+    exact = {(i["task"], i["metric"]): key for key, i in result["metrics"].items() if i["reading"] == "exact"}
+    for key, info in result["metrics"].items():
+        if info["is_cost"] or not (info["is_headline"] or info["metric"] in ("found", "right", "ce")):
+            continue
+        for side, found in result["against_exact"].items():
+            if key in found:
+                arms = result["arms"][side]
+                yield Cost(
+                    side,
+                    f"{info['task']}: {info['label']}, {info['shown']}",
+                    "↑" if info["higher_is_better"] else "↓",
+                    arms[exact[info["task"], info["metric"]]]["mean"],
+                    arms[key]["mean"],
+                    Paired(**found[key]),
+                )
+
+
+def times(result: Result) -> list[tuple[str, str, dict[str, float]]]:
+    """(task, reading, seconds per sample of every side), in order."""
+    seconds = result["timings"]["seconds_per_sample"]
+    rows = []
+    for task, facts in result["tasks"].items():
+        for reading in facts["arms"]:
+            names = {side: f"{side} | {task} | {reading}" for side in result["arms"]}
+            found = {side: seconds[name] for side, name in names.items() if name in seconds}
+            if found:
+                rows.append((task, reading, found))
+    return rows
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One needle question with the answer of every arm."""
+    """One question with the answer of every side."""
 
     task: str
     attention: str
@@ -390,15 +459,28 @@ class Sample:
 
 
 def samples(result: Result) -> Iterator[Sample]:
-    """Answers under sparse attention: questions where the arms differ first, otherwise in the order asked."""
-    records = {arm: found["needles"] for arm, found in result["records"].items()}
-    for task, arms in records["base"].items():
-        for attention in arms:
-            if attention == "exact":
-                continue
-            asked = list(zip(*(records[arm][task][attention] for arm in records), strict=True))
-            order = sorted(range(len(asked)), key=lambda i: len({answer["is_right"] for answer in asked[i]}) == 1)
-            for i in order[:SAMPLES]:
-                answers = dict(zip(records, asked[i], strict=True))
-                shown = attention_name(attention, result["settings"])
-                yield Sample(task, shown, i + 1, list(asked[i][0]["expected"]), answers)
+    """Answers under sparse attention: questions where the sides differ first, otherwise in the order asked."""
+    records = result["records"]
+    sides = list(records)
+    many = 1 if len(result["tasks"]) > 6 else 3 if result["suite"] else SAMPLES
+    for task, readings in records[sides[0]].items():
+        written = [reading for reading, found in readings.items() if found and any(one["output"] for one in found)]
+        if not written:
+            continue
+        infos = {key: info for key, info in result["metrics"].items() if info["task"] == task}
+        reading = spoken_reading({key: info for key, info in infos.items() if info["reading"] in written})
+        asked = list(zip(*(records[side][task][reading] for side in sides), strict=True))
+        order = sorted(range(len(asked)), key=lambda i: len({outcome(one) for one in asked[i]}) == 1)
+        shown = next(info["shown"] for info in infos.values() if info["reading"] == reading)
+        for i in order[:many]:
+            answers = {
+                side: {"text": one["output"], "is_right": one["facts"].get("is_right")}
+                for side, one in zip(sides, asked[i], strict=True)
+            }
+            expected = [str(value) for value in asked[i][0]["facts"].get("expected", [])]
+            yield Sample(task, shown, i + 1, expected, answers)
+
+
+def outcome(record: dict[str, Any]) -> Any:
+    """Whether an answer was right; its text where that is not said."""
+    return record["facts"].get("is_right", record["output"])

@@ -1,71 +1,122 @@
-"""`mage-tune eval`: base against adapter, exact against sparse, on the same prompts with the same settings."""
+"""`mage-tune eval`: base against adapter, exact against sparse, on the same prompts with the same settings.
+
+    plan -> for every task and side: for every arm: run, store -> results.json, plots, report.html
+
+A finished (arm, task) is stored by itself and never run again; an interrupted evaluation goes on where it was. Under
+`accelerate launch` the arms are shared out over the processes, and the first one gathers what all of them stored.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mage_tune.backbone import causal_lm
-from mage_tune.data.text import load_ids
-from mage_tune.decode.cache import PrefixCache
 from mage_tune.environment import environment
-from mage_tune.evals.needles import TASKS, NeedlePrompt, NeedleResult, ask, needle_prompts
-from mage_tune.evals.probes import ProbedBlock, probe_text
+from mage_tune.evals.needles import TASKS, RecipeNeedles, haystack_text
+from mage_tune.evals.reading import held_out_ids
 from mage_tune.evals.report import print_tables, write_report
-from mage_tune.evals.stats import estimate, paired_difference, unit_means
+from mage_tune.evals.results import summarise
+from mage_tune.evals.store import Store, StoredArm, fingerprint, weights_digest, write_whole
+from mage_tune.evals.suites import Plan, read_suite
+from mage_tune.evals.tasks import Arm, Defaults, Side, Skipped, Task
+from mage_tune.evals.text_tasks import TextTask, cut_windows
 from mage_tune.lm import BlockDiffusionLM, load
+from mage_tune.progress import clock
 from mage_tune.recipe import Eval, Recipe, RecipeError, load_recipe, override_section
+
+__all__ = ["SEED", "check_settings", "cut_windows", "evaluate", "progress", "shown"]
 
 SEED = 1234
 """Seed of reveals and needle prompts: the same for every model, so that results can be compared."""
 ATTENTIONS = ("exact", "mage")
-"""How the needle questions are answered."""
+"""How the needle questions of a recipe's evaluation are answered."""
+ARMS = "arms"
+"""Folder of the finished arms, beside results.json."""
 
 
-def evaluate(target: str, *, adapter: str | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated, and where the results go."""
+
+    base: str
+    adapter: str | None
+    dtype: str
+    recipe: Eval
+    """The run's own settings, or the defaults."""
+    out: Path
+    log: Path | None
+    """metrics.jsonl of the run."""
+
+
+def evaluate(
+    target: str, *, adapter: str | None = None, overrides: list[str] | None = None, suite: str | None = None
+) -> dict[str, Any]:
     """Evaluate a run folder (base against its adapter) or a model, and write results, plots and report.
 
     Args:
         target: run folder, checkpoint folder or Hub id.
         adapter: adapter to compare with the base, when `target` is a model.
-        overrides: "key=value" of the recipe's `eval` section.
+        overrides: "key=value" of the recipe's `eval` section, or of the suite.
+        suite: name or file of a suite; None does what the recipe's `eval` section says.
 
     Returns:
-        What `eval/results.json` holds: settings, environment, per-arm estimates, paired differences, all records.
+        What `eval/results.json` (of a suite: `eval/SUITE/results.json`) holds; see `evals.results`.
 
     Raises:
         RecipeError: an override is wrong, or the settings ask for what the model cannot do.
+        KeyboardInterrupt: interrupted; finished arms are kept.
     """
+    place = find_target(target, adapter)
+    plan = None if suite is None else read_suite(suite, overrides or [], place.recipe.text)
+    settings = place.recipe if plan else override_section(place.recipe, overrides or [])
+    team = Team.join()
+    lm = load(place.base, adapter=place.adapter, dtype=place.dtype, device=team.device)
+    if plan is None:
+        check_settings(settings, lm)
+        plan = recipe_plan(settings, lm)
+    out = place.out if plan.suite is None else place.out / plan.suite
+    found = measure(lm, plan, Store(out / ARMS), has_adapter=place.adapter is not None, team=team)
+    found["settings"] |= facts(place, plan, lm)
+    if team.is_first:
+        write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+        write_report(found, out, place.log)
+        print_tables(found)
+    return found
+
+
+def find_target(target: str, adapter: str | None) -> Target:
+    """A run folder with its recipe, or a model by itself."""
     folder = Path(target)
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
-        settings, base, adapter, out = recipe.eval, model_path(recipe, folder), str(folder), folder / "eval"
-        dtype = recipe.model.dtype
-    else:
-        settings, base, out = Eval(), target, Path("runs") / f"eval-{folder.name}" / "eval"
-        dtype = "auto"
-    settings = override_section(settings, overrides or [])
-    lm = load(base, adapter=adapter, dtype=dtype)
-    check_settings(settings, lm)
-    result = measure(lm, settings, has_adapter=adapter is not None)
-    paths = {"text": settings.text, "model": base, "adapter": adapter}
-    result["settings"] |= {name: shown(path) for name, path in paths.items()}
-    result["settings"] |= {"dtype": str(lm.dtype), "seed": SEED}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(result, out)
-    print_tables(result)
-    return result
+        base = model_path(recipe, folder)
+        return Target(base, str(folder), recipe.model.dtype, recipe.eval, folder / "eval", folder / "metrics.jsonl")
+    return Target(target, adapter, "auto", Eval(), Path("runs") / f"eval-{folder.name}" / "eval", None)
+
+
+def facts(place: Target, plan: Plan, lm: BlockDiffusionLM) -> dict[str, Any]:
+    """Settings that only the loaded model tells, and paths as strangers may read them."""
+    paths = {"text": plan.settings.get("text"), "model": place.base, "adapter": place.adapter}
+    told: dict[str, Any] = {name: shown(path) for name, path in paths.items()}
+    text = plan.settings.get("text")
+    if text is not None:
+        told["text_sha256"] = hashlib.sha256(held_out_ids(lm, text).tobytes()).hexdigest()
+    return told | {"dtype": str(lm.dtype), "seed": plan.settings.get("seed", SEED)}
 
 
 def shown(path: str | None) -> str | None:
@@ -118,163 +169,264 @@ def check_settings(settings: Eval, lm: BlockDiffusionLM) -> None:
         raise RecipeError("eval.needles: this model has no tokenizer to ask with; skip them with eval.needles=0")
 
 
-def measure(lm: BlockDiffusionLM, settings: Eval, *, has_adapter: bool) -> dict[str, Any]:
-    """Run every arm and gather estimates, paired differences and raw records."""
+def recipe_plan(settings: Eval, lm: BlockDiffusionLM) -> Plan:
+    """What a recipe's `eval` section asks for: text probes, and needles with exact and with MAGE's attention."""
     assert settings.text is not None
-    filler = load_ids(settings.text, lm.tokenizer, lm.family)
-    windows = cut_windows(filler, settings.context, settings.documents)
-    arms = ["base", "adapter"] if has_adapter else ["base"]
-    prompts = {
-        task: needle_prompts(
-            lm,
-            filler,
+    defaults = Defaults(SEED, settings.threshold, settings.text)
+    tasks: list[Task] = [
+        TextTask(
+            defaults,
+            name="text",
             context=settings.context,
-            needles=settings.needles,
-            asked=asked,
-            questions=settings.questions,
-            seed=SEED,
+            documents=settings.documents,
+            blocks=settings.blocks,
+            budgets=settings.budgets,
+            dense_layers=settings.dense_layers,
         )
-        for task, asked in (TASKS.items() if settings.needles else ())
-    }
-    answers = len(ATTENTIONS) * settings.questions * len(prompts)
-    records: dict[str, dict[str, Any]] = {}
-    with progress(len(arms) * (len(windows) + answers)) as advance:
-        for arm in arms:
-            with without_adapter(lm) if arm == "base" and has_adapter else nullcontext():
-                blocks = probe_text(
-                    lm,
-                    windows,
-                    blocks=settings.blocks,
-                    budgets=settings.budgets,
-                    dense_layers=settings.dense_layers,
-                    seed=SEED,
-                    on_window=advance,
-                )
-                answered = {task: needle_arms(lm, asked, settings, advance) for task, asked in prompts.items()}
-            records[arm] = {"text": blocks, "needles": answered}
-    return summarise(records, settings, hashlib.sha256(filler.tobytes()).hexdigest())
-
-
-def needle_arms(
-    lm: BlockDiffusionLM, prompts: list[NeedlePrompt], settings: Eval, advance: Callable[[], None]
-) -> dict[str, list[NeedleResult]]:
-    """One needle task with exact and with sparse attention."""
-    answers: dict[str, list[NeedleResult]] = {attention: [] for attention in ATTENTIONS}
-    for prompt in prompts:
-        cache = PrefixCache.for_model(lm.model, 1, 0)  # grows as needed; read once for all rules
-        for attention, results in answers.items():
-            results.append(
-                ask(
-                    lm,
-                    prompt,
-                    attention=attention,
-                    budget=settings.needle_budget,
-                    dense_layers=settings.dense_layers,
-                    threshold=settings.threshold,
-                    cache=cache,
-                )
+    ]
+    readings = [Arm()]
+    if settings.needles:
+        filler = haystack_text(lm, settings.text)
+        tasks += [
+            RecipeNeedles(
+                defaults,
+                name,
+                context=settings.context,
+                needles=settings.needles,
+                questions=settings.questions,
+                filler=filler,
             )
-            advance()
-    return answers
+            for name in TASKS
+        ]
+        dense = (("dense_layers", settings.dense_layers),)
+        readings += [Arm("base", rule, settings.needle_budget, dense) for rule in ATTENTIONS if rule != "exact"]
+    return Plan(None, settings.model_dump(), tasks, readings)
 
 
-def cut_windows(tokens: np.ndarray, length: int, count: int) -> list[np.ndarray]:
-    """`count` disjoint windows spread evenly over the held-out tokens.
+# --- running ---
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm of one task that is not there yet."""
+
+    task: Task
+    arm: Arm
+    fingerprint: str
+
+
+def measure(
+    lm: BlockDiffusionLM, plan: Plan, store: Store, *, has_adapter: bool, team: Team | None = None
+) -> dict[str, Any]:
+    """Run every arm that is not stored yet, and gather what all of them found.
 
     Raises:
-        RecipeError: the text is too short for that many.
+        RecipeError: a task cannot be prepared, or none can run here.
+        KeyboardInterrupt: interrupted; finished arms are stored.
     """
-    fitting = len(tokens) // length
-    if fitting < count:
-        raise RecipeError(
-            f"eval.documents: the held-out text has {len(tokens)} tokens, enough for {fitting} windows of {length}; "
-            f"{count} were asked for"
+    team = team or Team()
+    tasks, prompts, skipped = prepare(lm, plan.tasks)
+    sides: list[Side] = ["base", "adapter"] if has_adapter else ["base"]
+    weights = {side: weights_digest(lm.model, with_adapter=side == "adapter") for side in sides}
+    units = [
+        Unit(task, arm, fingerprint(task, arm, prompts[task.name], weights[side], lm))
+        for task in tasks
+        for side in sides
+        for arm in (replace(reading, model=side) for reading in plan.readings)
+        if task.takes(arm)
+    ]
+    pending = [unit for unit in units if store.read(unit.task, unit.arm, unit.fingerprint) is None]
+    team.gather()  # everyone has looked before anyone writes
+    run_units(lm, pending, len(units), store, team)
+    team.gather()
+    stored = {(u.arm.model, u.task.name, u.arm.reading): kept(store, u) for u in units}
+    return summarise(
+        stored,
+        tasks,
+        plan.readings,
+        sides=sides,
+        suite=plan.suite,
+        settings=dict(plan.settings),
+        environment=environment(),
+        skipped=skipped,
+        prompts=prompts,
+        devices=team.size,
+    )
+
+
+def prepare(lm: BlockDiffusionLM, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str], dict[str, str]]:
+    """Tasks that can run, digests of their prompts, and why others cannot.
+
+    Raises:
+        RecipeError: settings that the person has to change, or nothing is left to run.
+    """
+    ready: list[Task] = []
+    prompts, skipped = {}, {}
+    for task in tasks:
+        try:
+            prompts[task.name] = task.prepare(lm)
+        except Skipped as reason:
+            skipped[task.name] = str(reason)
+        else:
+            ready.append(task)
+    if not ready:
+        raise RecipeError("nothing to evaluate: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
+    return ready, prompts, skipped
+
+
+def run_units(lm: BlockDiffusionLM, pending: Sequence[Unit], total: int, store: Store, team: Team) -> None:
+    """Run this process's share of the pending arms, and store each as soon as it is finished.
+
+    Raises:
+        KeyboardInterrupt: interrupted; says how to go on.
+    """
+    mine = pending[team.rank :: team.size]
+    if team.is_first and len(pending) < total:
+        print(f"{total - len(pending)} of {total} arms are there already: {store.folder}", file=sys.stderr)
+    finished = 0
+    before: Unit | None = None
+    with progress(sum(unit.task.samples for unit in mine), is_shown=team.is_first) as bar:
+        try:
+            for unit in mine:
+                if before is not None and (before.task is not unit.task or before.arm.model != unit.arm.model):
+                    before.task.release()
+                before = unit
+                bar.say(f"{unit.task.name}, {unit.arm.name}")
+                with on_side(lm, unit.arm.model):
+                    result = unit.task.run(lm, unit.arm, bar)
+                store.write(unit.task, unit.arm, unit.fingerprint, result)
+                finished += 1
+        except KeyboardInterrupt:
+            done = total - len(pending) + finished
+            bar.stop()
+            note = "" if team.size == 1 else " by this process and before"
+            print(
+                f"stopped: {done} of {total} arms are finished{note} and kept in {store.folder}; the same command "
+                "goes on from there",
+                file=sys.stderr,
+            )
+            raise
+    if before is not None:
+        before.task.release()
+
+
+def kept(store: Store, unit: Unit) -> StoredArm:
+    """A finished arm, read back: fresh or found, the numbers are the same."""
+    found = store.read(unit.task, unit.arm, unit.fingerprint)
+    if found is None:
+        raise OSError(
+            f"{store.folder}: {unit.task.name}, {unit.arm.name} was stored and is gone; run the command again"
         )
-    starts = np.linspace(0, fitting - 1, count).round().astype(int) * length
-    return [tokens[start : start + length] for start in starts]
-
-
-def text_metrics(blocks: list[ProbedBlock], budgets: list[int]) -> dict[str, np.ndarray]:
-    """Metric name -> mean of every window."""
-    units = [b.window for b in blocks]
-    metrics = {
-        "ce_exact": unit_means([b.ce_exact for b in blocks], units),
-        "query_cosine": unit_means([b.query_cosine for b in blocks], units),
-    }
-    for i, k in enumerate(budgets):
-        metrics[f"recall@{k}"] = unit_means([b.recall[i] for b in blocks], units)
-        metrics[f"mass@{k}"] = unit_means([b.mass[i] for b in blocks], units)
-        metrics[f"ce_mask@{k}"] = unit_means([b.ce_mask[i] for b in blocks], units)
-        metrics[f"ce_oracle@{k}"] = unit_means([b.ce_oracle[i] for b in blocks], units)
-        metrics[f"ce_gap@{k}"] = metrics[f"ce_mask@{k}"] - metrics["ce_exact"]
-    return metrics
-
-
-def needle_metrics(results: dict[str, dict[str, list[NeedleResult]]]) -> dict[str, np.ndarray]:
-    """Metric name -> value of every question."""
-    metrics = {}
-    for task, arms in results.items():
-        for attention, answers in arms.items():
-            metrics[f"{task}_{attention}"] = np.array([a.is_right for a in answers])
-            if TASKS[task] > 1:  # of one value, the share found says nothing new
-                metrics[f"{task}_{attention}_found"] = np.array([a.share_found for a in answers])
-            metrics[f"{task}_{attention}_forwards"] = np.array([a.forwards_per_block for a in answers])
-    return metrics
-
-
-def summarise(records: dict[str, dict[str, Any]], settings: Eval, text_sha256: str) -> dict[str, Any]:
-    """Estimates of every arm, paired adapter - base differences, and everything they came from."""
-    per_unit = {
-        arm: text_metrics(found["text"], settings.budgets) | needle_metrics(found["needles"])
-        for arm, found in records.items()
-    }
-    estimates = {arm: {name: asdict(estimate(v)) for name, v in metrics.items()} for arm, metrics in per_unit.items()}
-    paired: dict[str, Any] = {}
-    if "adapter" in per_unit:
-        paired = {
-            name: asdict(paired_difference(after, per_unit["base"][name]))
-            for name, after in per_unit["adapter"].items()
-        }
-    return {
-        "settings": settings.model_dump() | {"text_sha256": text_sha256},
-        "environment": environment(),
-        "arms": estimates,
-        "paired": paired,
-        "records": {
-            arm: {
-                "text": [asdict(b) for b in found["text"]],
-                "needles": {
-                    task: {attention: [asdict(r) for r in answers] for attention, answers in arms.items()}
-                    for task, arms in found["needles"].items()
-                },
-            }
-            for arm, found in records.items()
-        },
-    }
+    return found
 
 
 @contextmanager
-def without_adapter(lm: BlockDiffusionLM) -> Iterator[None]:
-    """The same weights with the adapter switched off."""
-    assert isinstance(lm.model, PeftModel)
-    with lm.model.disable_adapter():
+def on_side(lm: BlockDiffusionLM, side: Side) -> Iterator[None]:
+    """The same weights with the adapter on, or switched off for the base."""
+    if side == "base" and isinstance(lm.model, PeftModel):
+        with lm.model.disable_adapter():
+            yield
+        return
+    with nullcontext():
         yield
 
 
+class Bar:
+    """Progress over samples: a bar with ETA on a terminal, a line for every tenth of the work in a log."""
+
+    def __init__(self, total: int, console: Console, bar: Progress | None) -> None:
+        self.total, self.console, self.bar, self.done, self.words = total, console, bar, 0, ""
+        self.start = time.perf_counter()
+        self.task = bar.add_task("evaluating", total=total, words="") if bar else None
+
+    def say(self, words: str) -> None:
+        """What is being run."""
+        self.words = words
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, words=words)
+
+    def __call__(self) -> None:
+        """One sample more."""
+        self.done += 1
+        if self.bar is not None and self.task is not None:
+            self.bar.advance(self.task)
+        elif self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            words = f" · {self.words}" if self.words else ""
+            self.console.print(f"evaluating: {self.done}/{self.total}{words} · {clock(left)} left")
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Silent(Bar):
+    """Progress of a process that does not talk."""
+
+    def __call__(self) -> None:
+        """One sample more."""
+
+
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar with ETA on a terminal; a line per tenth of the work in a log. Yields the function that advances it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=total)
-        done = 0
+def progress(total: int, *, is_shown: bool = True) -> Iterator[Bar]:
+    """Progress over `total` samples, on the error output. Yields what to call after each."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not is_shown:
+        yield Silent(total, console, None)
+        return
+    if not console.is_terminal:
+        yield Bar(total, console, None)
+        return
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Bar(total, console, bar)
 
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            bar.advance(task)
-            if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-                console.print(f"evaluating: {done}/{total}")
 
-        yield advance
+# --- several processes ---
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of an evaluation, one by itself unless `accelerate launch` started several."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def join(cls) -> Team:
+        """Meet the other processes.
+
+        They only wait for one another and write files, so the meeting is on the CPU, whatever they compute on, and
+        patient: arms take hours, and processes are done at different times.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        return cls(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process gathers and reports."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> str:
+        """A GPU for each process."""
+        return f"cuda:{self.local_rank}" if self.size > 1 and torch.cuda.is_available() else "auto"
+
+    def gather(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            torch.distributed.barrier()

@@ -28,6 +28,15 @@ class Estimate:
     n: int
 
 
+@dataclass(frozen=True)
+class Paired(Estimate):
+    """A mean difference with its paired interval, and on how many units it was better, the same, or worse."""
+
+    wins: int
+    ties: int
+    losses: int
+
+
 def unit_means(values: Sequence[float], units: Sequence[int]) -> np.ndarray:
     """Mean of the values of each unit, in order of the unit's number: blocks of one window are not independent."""
     numbers = np.asarray(units)
@@ -64,6 +73,21 @@ def paired_difference(
     if one.dtype == other.dtype == bool and one.size:
         return _bonett_price(one, other)
     return estimate(one.astype(np.float64) - other, seed)
+
+
+def paired(
+    after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray, *, higher_is_better: bool, seed: int = 0
+) -> Paired:
+    """`paired_difference` with wins, ties and losses of `after`, unit by unit.
+
+    Raises:
+        ValueError: the two do not have the same units.
+    """
+    found = paired_difference(after, before, seed)
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    up, down = int((change > 0).sum()), int((change < 0).sum())
+    wins, losses = (up, down) if higher_is_better else (down, up)
+    return Paired(found.mean, found.low, found.high, found.n, wins, len(change) - up - down, losses)
 
 
 def _wilson(is_right: np.ndarray) -> Estimate:

@@ -135,7 +135,7 @@ class TaskResult:
         settings: decoding settings as they were in the end (`Generation.settings`), JSON-able.
     """
 
-    metrics: dict[str, list[float] | list[bool]]
+    metrics: Mapping[str, Sequence[float | bool]]
     records: list[SampleRecord]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -159,6 +159,10 @@ class Task:
     samples: int = 0
     """Calls of `advance` per arm; known after `prepare`."""
 
+    def key(self, metric: str, arm: Arm) -> str:
+        """What a number is called in results.json: the same for base and adapter."""
+        return f"{self.name}.{metric}@{arm.reading}"
+
     def takes(self, arm: Arm) -> bool:
         """Whether the task says anything about such an arm; one that tries all budgets itself wants only "exact"."""
         return True
@@ -179,6 +183,10 @@ class Task:
     def run(self, lm: BlockDiffusionLM, arm: Arm, advance: Advance) -> TaskResult:
         """Score one arm on every sample. The adapter is on or off already, as the arm wants it."""
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Let go of memory kept for further arms: called when the model changes sides, and at the end."""
+        return None
 
 
 @dataclass(frozen=True)
