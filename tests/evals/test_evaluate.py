@@ -90,7 +90,7 @@ def test_the_base_arm_is_the_base_model(run_folder):
     ],
 )
 def test_settings_that_cannot_work_stop_before_anything_is_measured(run_folder, monkeypatch, override, message):
-    monkeypatch.setattr(run, "probe_text", None)
+    monkeypatch.setattr(run, "run_units", None)
     with pytest.raises(RecipeError, match=message):
         evaluate(str(run_folder), overrides=[*SETTINGS, override])
     assert not (run_folder / "eval").exists()

@@ -128,7 +128,7 @@ def test_the_page_holds_everything_and_needs_nothing(make_result, arms, tmp_path
     out.mkdir(parents=True)
     write_log(out.parent / "metrics.jsonl", 60)
     result = make_result(arms)
-    write_report(result, out)
+    write_report(result, out, out.parent / "metrics.jsonl")
     page = (out / "report.html").read_text()
     words = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
     assert "http" not in words
@@ -157,7 +157,7 @@ def test_plots_are_small_pictures_in_both_themes(make_result, tmp_path):
     out = tmp_path / "run" / "eval"
     out.mkdir(parents=True)
     write_log(out.parent / "metrics.jsonl", 40)
-    write_report(make_result(), out)
+    write_report(make_result(), out, out.parent / "metrics.jsonl")
     names = ["ce_gap", "needles", "recall_by_layer", "training"]
     assert sorted(p.name for p in out.glob("*.png")) == sorted(f"{n}{end}.png" for n in names for end in ("", "-dark"))
     page = (out / "report.html").read_text()
