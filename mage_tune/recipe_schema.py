@@ -225,6 +225,11 @@ class DiffusionTerm(Section):
     """The family's own denoising loss on the noisy stream."""
 
     weight: Weight = Field(1.0, description="Weight of this term in the loss.")
+    views: Literal["family", "one"] = Field(
+        "family",
+        description="Noisy views of a row: as many as the family trains on (two that complement each other, in "
+        "Fast-dLLM v2), or one, which costs a stream less.",
+    )
 
 
 class QueryAlignment(Section):
@@ -272,6 +277,13 @@ class SparseDistillation(Section):
         "adapters_off", description="Exact teacher: the untuned base, or the model as it is now (no gradient)."
     )
     dense_layers: int = Field(2, ge=0, description="First layers that stay exact.")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a row's blocks that the student reads, drawn anew for each row; the expected loss stays "
+        "the same.",
+    )
 
     @model_validator(mode="after")
     def _has_budget(self) -> Self:

@@ -82,7 +82,8 @@ def choose_keys(
     """MAGE's choice for many blocks of one clean stream: mean probability over the prefix, then the top keys.
 
     Args:
-        rows: (batch, KV heads, blocks, R, D) all-[MASK] queries of the blocks numbered `blocks` (1-D int64).
+        rows: (batch, KV heads, blocks, R, D) all-[MASK] queries of the blocks numbered `blocks` (int64, (blocks,) or
+            (batch, blocks)).
         key: (batch, KV heads, N, D) keys of the clean stream.
         chunk: blocks scored at once, which bounds memory at chunk * R * N floats per KV head.
 
@@ -90,8 +91,9 @@ def choose_keys(
         index, is_kept: (batch, KV heads, blocks, k), see `top_keys`.
     """
     parts = []
-    for start in range(0, len(blocks), chunk):
-        visible = prefix_visible(blocks[start : start + chunk], key.shape[2], block_size)
+    for start in range(0, blocks.shape[-1], chunk):
+        visible = prefix_visible(blocks[..., start : start + chunk], key.shape[2], block_size)
+        visible = visible if blocks.dim() == 1 else visible[:, None]  # (batch, 1, blocks, N)
         score = mean_probability(rows[:, :, start : start + chunk], key, visible, scaling)
         parts.append(top_keys(score, budget, visible))
     return torch.cat([index for index, _ in parts], dim=2), torch.cat([kept for _, kept in parts], dim=2)

@@ -43,11 +43,16 @@ class StreamLoss:
         """Which streams the rows must carry (arguments of `Collator`)."""
         aligned = {"query_alignment", "attention_alignment"} & self.weights.keys()
         sparse = "sparse_distillation" in self.weights
-        teacher_is_student = sparse and self.objective.sparse_distillation.teacher == "adapters_on"
+        settings = self.objective.sparse_distillation
+        teacher_is_student = sparse and settings.teacher == "adapters_on"
+        # A teacher reads all of x_t, which a sparse stream of some blocks does not hold.
+        teacher_reads = sparse and settings.share < 1 and settings.kl_weight > 0
         return {
-            "exact_noisy": "diffusion" in self.weights or bool(aligned) or teacher_is_student,
+            "exact_noisy": "diffusion" in self.weights or bool(aligned) or teacher_is_student or teacher_reads,
+            "one_view": self.objective.diffusion.views == "one",
             "mask_stream": sparse or bool(aligned),
             "sparse_stream": sparse,
+            "student_share": settings.share,
             "sampled_blocks": self.objective.attention_alignment.blocks if "attention_alignment" in aligned else 0,
         }
 
@@ -67,6 +72,7 @@ class StreamLoss:
         attention = StreamAttention(
             batch["streams"],
             budget=settings.budget or 0,
+            student=batch.get("student_blocks"),
             dense_layers=settings.dense_layers,
             observers=self._observers(model, batch),
         )
@@ -128,7 +134,7 @@ class StreamLoss:
         group = config.num_attention_heads // config.num_key_value_heads if settings.average == "head" else 1
         if settings.rotary == "after":
             return lambda rows: block_mean_queries(rows, group)
-        positions = batch["position_ids"][:1, : row.length]
+        positions = batch["position_ids"][:1, row.offset("clean") :]
         like = torch.empty(0, dtype=torch.float32, device=positions.device)  # tells dtype and device
         cos, sin = causal_lm(model).model.rotary_emb(like, positions)  # (1, length, D)
         cos, sin = (part.unflatten(1, (-1, row.block_size))[0] for part in (cos, sin))
@@ -152,8 +158,8 @@ class StreamLoss:
             )
             loss = loss + settings.kl_weight * divergence
         # Blocks that predict something, numbered through the batch, and the length of their prefix.
-        blocks = (batch["sparse_from"] // row.block_size).unique()
-        is_sparse = blocks * row.block_size % row.total > (settings.budget or 0)
+        blocks = (batch["teacher_from"] // row.block_size).unique()
+        is_sparse = blocks * row.block_size % (2 * row.length) > (settings.budget or 0)
         return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
 
     def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
@@ -161,9 +167,11 @@ class StreamLoss:
         row: RowStreams = batch["streams"]
         if self.objective.sparse_distillation.teacher == "adapters_on":
             # The same predictions stand at the same place of the first exact noisy stream.
-            return hidden[batch["sparse_from"] + row.offset("noisy") - row.offset("sparse")].detach()
+            number, position = batch["teacher_from"] // (2 * row.length), batch["teacher_from"] % (2 * row.length)
+            return hidden[number * row.total + row.offset("noisy") + position].detach()
         pair = RowStreams(row.length, row.block_size, noisy=1)
-        halves = (slice(0, row.length), slice(row.offset("clean"), row.total))  # x_t is what the sparse stream holds
+        start = row.offset("noisy" if row.noisy else "sparse")  # both hold x_t
+        halves = (slice(start, start + row.length), slice(row.offset("clean"), row.total))
         inputs, positions = (
             torch.cat([batch[name][:, half] for half in halves], dim=1) for name in ("input_ids", "position_ids")
         )

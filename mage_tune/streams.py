@@ -4,8 +4,9 @@ The row is [sparse? ; mask? ; noisy ... ; clean], every stream `length` tokens l
 
 - the *mask* stream x_m is the all-[MASK] step of every block at once;
 - *noisy* streams x_t are later steps with exact attention;
-- the *sparse* stream is x_t again, but each of its blocks sees only the keys that the mask stream's attention chose in
-  the same layer. That is what decoding does, so one forward pass gives exact step, sparse step and clean cache.
+- the *sparse* stream is x_t again, or some of its blocks; each of them sees only the keys that the mask stream's
+  attention chose in the same layer. That is what decoding does, so one forward pass gives exact step, sparse step and
+  clean cache.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from mage_tune.selection import choose_keys, gather_keys, packed_rows, unpacked_
 
 @dataclass(frozen=True)
 class RowStreams:
-    """Which streams a row holds, in order; `length` tokens each on a grid of `block_size`."""
+    """Which streams a row holds, in order; `length` tokens each on a grid of `block_size`.
+
+    With `student_blocks`, the sparse stream holds so many blocks of its row instead of all; which ones is told apart.
+    """
 
     length: int
     block_size: int
     sparse: bool = False
     mask: bool = False
     noisy: int = 1
+    student_blocks: int | None = None
 
     @property
     def exact(self) -> StreamLayout:
@@ -40,15 +45,22 @@ class RowStreams:
         return StreamLayout(self.noisy + self.mask, self.length, self.block_size)
 
     @property
+    def sparse_length(self) -> int:
+        """Tokens of the sparse stream; 0 without one."""
+        whole = self.length if self.student_blocks is None else self.student_blocks * self.block_size
+        return whole * self.sparse
+
+    @property
     def total(self) -> int:
         """Tokens of the whole row."""
-        return self.exact.total + self.sparse * self.length
+        return self.exact.total + self.sparse_length
 
     def offset(self, name: str, view: int = 0) -> int:
         """First row position of a stream: "sparse", "mask", "noisy" (with its view) or "clean"."""
-        before = {"sparse": 0, "mask": self.sparse, "noisy": self.sparse + self.mask + view}
-        before["clean"] = self.sparse + self.mask + self.noisy
-        return before[name] * self.length
+        if name == "sparse":
+            return 0
+        before = {"mask": 0, "noisy": self.mask + view, "clean": self.mask + self.noisy}
+        return self.sparse_length + before[name] * self.length
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,13 @@ class StreamAttention:
     """One forward pass of a row: give its `attend` to the model (see `mage_tune.backbone`).
 
     `observers` maps a term's name to (first layer it sees, function of a LayerView); results are kept per layer in
-    `observed`. Under checkpointing a layer runs twice and is counted once.
+    `observed`. Under checkpointing a layer runs twice and is counted once. `student`, (batch, blocks) int64, says which
+    blocks the sparse stream holds where it does not hold all.
     """
 
     streams: RowStreams
     budget: int = 0
+    student: Tensor | None = None
     dense_layers: int = 0
     observers: Mapping[str, tuple[int, Observer]] = field(default_factory=dict)
     observed: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
@@ -94,13 +108,17 @@ class StreamAttention:
             self._observe(layer, query, key, scaling)
         if not row.sparse:
             return exact_attention(query, key, value, row.exact, scaling)
-        if layer < self.dense_layers:
+        if layer < self.dense_layers and self.student is None:
             layout = StreamLayout(row.noisy + row.mask + 1, row.length, row.block_size)
             return exact_attention(query, key, value, layout, scaling)
-        exact = exact_attention(
-            query[:, :, row.length :], key[:, :, row.length :], value[:, :, row.length :], row.exact, scaling
-        )
-        return torch.cat([self._sparse(query, key, value, scaling), exact], dim=2)
+        own = row.sparse_length
+        exact = exact_attention(query[:, :, own:], key[:, :, own:], value[:, :, own:], row.exact, scaling)
+        if layer < self.dense_layers:
+            assert self.student is not None
+            student = blocks_attention(query, key, value, row, self.student, scaling)
+        else:
+            student = self._sparse(query, key, value, scaling)
+        return torch.cat([student, exact], dim=2)
 
     def mean_over_layers(self, name: str) -> Tensor:
         """The observed term averaged over the layers that saw it.
@@ -113,8 +131,9 @@ class StreamAttention:
         return torch.stack(list(self.observed[name].values())).mean()
 
     def _rows(self, query: Tensor, num_kv_heads: int, name: str, view: int = 0) -> Tensor:
-        start = self.streams.offset(name, view)
-        return packed_rows(query[:, :, start : start + self.streams.length], num_kv_heads, self.streams.block_size)
+        row, start = self.streams, self.streams.offset(name, view)
+        length = row.sparse_length if name == "sparse" else row.length
+        return packed_rows(query[:, :, start : start + length], num_kv_heads, row.block_size)
 
     def _observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         due = {name: observer for name, (first_layer, observer) in self.observers.items() if layer >= first_layer}
@@ -142,8 +161,12 @@ class StreamAttention:
         with torch.no_grad():
             blocks = torch.arange(row.length // row.block_size, device=query.device)
             mask_rows = self._rows(query, heads, "mask")
+            if self.student is not None:
+                blocks = self.student
+                at = blocks[:, None, :, None, None].expand(-1, heads, -1, *mask_rows.shape[3:])
+                mask_rows = mask_rows.gather(2, at)
             index, kept = choose_keys(mask_rows, key[:, :, clean:], blocks, row.block_size, self.budget, scaling)
-        own = slice(0, row.length)
+        own = slice(0, row.sparse_length)
         out = sparse_block_attention(
             self._rows(query, heads, "sparse"),
             gather_keys(key[:, :, clean:], index),
@@ -184,6 +207,33 @@ def sparse_block_attention(
         scale=scaling,
     )
     return out.reshape(rows.shape)
+
+
+def blocks_attention(
+    query: Tensor, key: Tensor, value: Tensor, row: RowStreams, student: Tensor, scaling: float
+) -> Tensor:
+    """Exact attention of a sparse stream that holds some blocks: each sees itself and the clean blocks before its own.
+
+    The mask takes sparse length x (sparse length + length) bytes a row; only dense layers come here.
+
+    Args:
+        query, key, value: of the whole row.
+        student: (batch, blocks) numbers of the blocks.
+
+    Returns:
+        (batch, query heads, sparse length, D).
+    """
+    own, clean, group = row.sparse_length, row.offset("clean"), query.shape[1] // key.shape[1]
+    slot = torch.arange(own, device=query.device) // row.block_size
+    before = torch.arange(row.length, device=query.device) < (student * row.block_size)[:, slot, None]
+    visible = torch.cat([(slot[:, None] == slot).expand(len(student), -1, -1), before], dim=-1)
+
+    def seen(x: Tensor) -> Tensor:  # repeated for the group: SDPA's kernels take grouped heads or a mask, not both
+        return torch.cat([x[:, :, :own], x[:, :, clean:]], dim=2).repeat_interleave(group, dim=1)
+
+    return F.scaled_dot_product_attention(
+        query[:, :, :own], seen(key), seen(value), attn_mask=visible[:, None], scale=scaling
+    )
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, layout: StreamLayout, scaling: float) -> Tensor:

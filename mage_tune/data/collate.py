@@ -5,6 +5,7 @@ Everything random is drawn here from (seed, row), so the batch is the same on an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ from mage_tune.data.example import Example
 from mage_tune.families import Family
 from mage_tune.streams import RowStreams
 
-NOISE_DRAW, BLOCK_DRAW = 0, 1
-"""Numbers of the independent random draws of a row: its noise, and the blocks sampled for attention alignment."""
+NOISE_DRAW, BLOCK_DRAW, STUDENT_DRAW = 0, 1, 2
+"""Numbers of the independent random draws of a row: its noise, and the blocks of attention alignment and student."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Collator:
         seed: the run's seed.
         exact_noisy: rows carry exact noisy streams (one, or two complementary views).
         mask_stream: rows carry the all-[MASK] stream.
+        one_view: the family's first noisy view alone.
         sparse_stream: rows carry the sparse stream (a copy of the first noisy view).
+        student_share: share of a row's blocks that the sparse stream holds, drawn anew for each row. What they predict
+            weighs as much more, so that the expected loss is that of all blocks.
         sampled_blocks: blocks sampled per row and step for attention alignment, all where there are fewer; 0 for none.
         length_multiple: rows are padded to a multiple of this many tokens (and of the block size).
     """
@@ -39,14 +43,16 @@ class Collator:
     seed: int
     exact_noisy: bool = True
     mask_stream: bool = False
+    one_view: bool = False
     sparse_stream: bool = False
+    student_share: float = 1.0
     sampled_blocks: int = 0
     length_multiple: int = 1
 
     @property
     def views(self) -> int:
         """Noisy views of a row."""
-        return (2 if self.family.complementary_views else 1) * self.exact_noisy
+        return (2 if self.family.complementary_views and not self.one_view else 1) * self.exact_noisy
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """One batch.
@@ -56,6 +62,7 @@ class Collator:
             noisy_from, noisy_target, noisy_weight: (n,) flat position in the batch that predicts, token, loss weight;
             sparse_from, sparse_target, sparse_weight: the same of the sparse stream (only with one);
             teacher_from: (n_sparse,) flat position of the same prediction in a batch of [noisy ; clean] rows;
+            student_blocks: (batch, slots) numbers of the blocks in the sparse stream (only if it does not hold all);
             is_counted: (views, batch, blocks) bool, blocks whose all-mask and later step differ and have a prefix;
             sampled_blocks, is_sampled: (batch, sampled) block numbers and whether they count;
             loss_items, sparse_items: scalar float32, what the batch's diffusion and sparse losses are divided by
@@ -64,13 +71,11 @@ class Collator:
         """
         length = max(round_up(len(e.input_ids), self.family.block_size) for e in examples)
         length = round_up(length, int(np.lcm(self.length_multiple, self.family.block_size)))
-        streams = RowStreams(
-            length, self.family.block_size, sparse=self.sparse_stream, mask=self.mask_stream, noisy=self.views
-        )
+        streams = self.streams(length)
         made = [self._row(e, streams) for e in examples]
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(np.stack([r["input_ids"] for r in made])),
-            "position_ids": torch.arange(length).repeat(streams.total // length).expand(len(made), -1).contiguous(),
+            "position_ids": torch.from_numpy(np.stack([r["position_ids"] for r in made])),
             "streams": streams,
             "rows": torch.tensor([e.row for e in examples]),
             "num_tokens": torch.tensor(sum(len(e.input_ids) for e in examples)),
@@ -85,12 +90,27 @@ class Collator:
             batch["loss_items" if kind == "noisy" else "sparse_items"] = torch.tensor(
                 sum(float(r[f"{kind}_items"]) for r in made)
             )
-        if self.sparse_stream:  # the sparse stream starts a row, so its offsets are those of a [noisy ; clean] row
-            batch["teacher_from"] = _flat([r["sparse_from"] for r in made], 2 * length)
+        if self.sparse_stream:
+            batch["teacher_from"] = _flat([r["teacher_from"] for r in made], 2 * length)
+        if streams.student_blocks is not None:
+            batch["student_blocks"] = torch.from_numpy(np.stack([r["student_blocks"] for r in made]))
         if self.sampled_blocks:
             batch["sampled_blocks"] = torch.from_numpy(np.stack([r["sampled_blocks"] for r in made]))
             batch["is_sampled"] = torch.from_numpy(np.stack([r["is_sampled"] for r in made], axis=1))
         return batch
+
+    def streams(self, length: int) -> RowStreams:
+        """The streams of rows of `length` tokens, a whole number of blocks."""
+        size = self.family.block_size
+        some = self.sparse_stream and self.student_share < 1
+        return RowStreams(
+            length,
+            size,
+            sparse=self.sparse_stream,
+            mask=self.mask_stream,
+            noisy=self.views,
+            student_blocks=_share_of(length // size, self.student_share) if some else None,
+        )
 
     def _row(self, example: Example, streams: RowStreams) -> dict[str, np.ndarray]:
         family, size = self.family, self.family.block_size
@@ -111,21 +131,27 @@ class Collator:
         assert family.mask_id is not None  # backbone.check_facts
         noisy = [np.where(m, family.mask_id, tokens) for m in supervised_but_masked]
         start = np.where(at_start, family.mask_id, tokens)
-        pieces = [noisy[0]] * self.sparse_stream + [start] * self.mask_stream + noisy[: self.views] + [tokens]
-        row: dict[str, np.ndarray] = {"input_ids": np.concatenate(pieces).astype(np.int64)}
+        pieces = [start] * self.mask_stream + noisy[: self.views] + [tokens]
+        places = [np.arange(streams.length)] * len(pieces)
+        row: dict[str, np.ndarray] = {}
+        if self.sparse_stream:
+            part = self._predictions(tokens, weight, is_masked, probability, 0, None)
+            row["sparse_items"] = self._items(weight, part[2])
+            place = places[0]
+            if streams.student_blocks is None:
+                row |= _named("sparse", [part]) | {"teacher_from": part[0]}
+            else:
+                row |= self._student(part, own // size, streams, example.row)
+                place = (row["student_blocks"][:, None] * size + np.arange(size)).ravel()
+            pieces, places = [noisy[0][place], *pieces], [place, *places]
+        row |= {"input_ids": np.concatenate(pieces).astype(np.int64), "position_ids": np.concatenate(places)}
         clean = streams.offset("clean")
         noisy_parts = [
             self._predictions(tokens, weight, masked, probability, streams.offset("noisy", view), clean)
             for view, masked in enumerate(supervised_but_masked[: self.views])
         ]
         row |= _named("noisy", noisy_parts)
-        if self.sparse_stream:
-            part = self._predictions(tokens, weight, is_masked, probability, streams.offset("sparse"), None)
-            row |= _named("sparse", [part])
-        # SDAR divides its 1/p-weighted sum by all supervised tokens; a uniform loss is a mean over predicted ones.
-        for kind in ("noisy", "sparse")[: 1 + self.sparse_stream]:
-            counted = weight if family.loss_weight == "inverse_p" else row[f"{kind}_weight"]
-            row[f"{kind}_items"] = counted.sum(dtype=np.float64)
+        row["noisy_items"] = self._items(weight, row["noisy_weight"])
         row["is_counted"] = np.stack(
             [_differing_blocks(start, x, size) for x in noisy[: max(self.views, 1)]]
         )  # (views, blocks)
@@ -181,6 +207,40 @@ class Collator:
             loss = np.concatenate([loss, family.seed_loss_weight * weight[first]])
         return source, tokens[position], loss.astype(np.float32)
 
+    def _items(self, weight: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """What a loss is divided by, from the weights of all tokens and of all predictions.
+
+        SDAR divides its 1/p-weighted sum by all supervised tokens; a uniform loss is a mean over predicted ones.
+        """
+        return (weight if self.family.loss_weight == "inverse_p" else losses).sum(dtype=np.float64)
+
+    def _student(
+        self, part: tuple[np.ndarray, np.ndarray, np.ndarray], own_blocks: int, streams: RowStreams, row: int
+    ) -> dict[str, np.ndarray]:
+        """The blocks of a row that its sparse stream holds, and what they predict.
+
+        Every block is as likely as any other, and weighs as much more as there are blocks to one that is drawn. The
+        draw does not see padding; slots that padding leaves over hold block 0 and predict nothing.
+        """
+        assert streams.student_blocks is not None
+        size = streams.block_size
+        count = _share_of(own_blocks, self.student_share)
+        drawn = np.sort(noise_generator(self.seed, row, STUDENT_DRAW).permutation(own_blocks)[:count])
+        blocks = np.zeros(streams.student_blocks, dtype=np.int64)
+        blocks[:count] = drawn
+        slot = np.full(streams.length // size, -1)
+        slot[drawn] = np.arange(count)
+        source, target, loss = part
+        is_held = slot[source // size] >= 0
+        source = source[is_held]
+        return {
+            "student_blocks": blocks,
+            "teacher_from": source,
+            "sparse_from": slot[source // size] * size + source % size,
+            "sparse_target": target[is_held],
+            "sparse_weight": (loss[is_held] * (own_blocks / count)).astype(np.float32),
+        }
+
     def _sample_blocks(self, is_counted: np.ndarray, row: int) -> dict[str, np.ndarray]:
         """Blocks of this step's attention alignment, without repetition; fewer where fewer count."""
         generator = noise_generator(self.seed, row, BLOCK_DRAW)
@@ -189,6 +249,11 @@ class Collator:
         blocks = np.zeros(count, dtype=np.int64)  # block 0 fills up: it has no prefix and never counts
         blocks[: len(chosen)] = chosen
         return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks]}
+
+
+def _share_of(blocks: int, share: float) -> int:
+    """Blocks that make up a share of so many, at least one; a hair less than whole counts as whole."""
+    return max(math.ceil(share * blocks - 1e-9), 1)
 
 
 def _differing_blocks(start: np.ndarray, later: np.ndarray, block_size: int) -> np.ndarray:

@@ -39,7 +39,6 @@ from mage_tune.families import Family
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
-from mage_tune.streams import RowStreams
 
 GIB = 2**30
 CHUNK = 4096
@@ -94,9 +93,7 @@ class Estimate:
         needs = StreamLoss(recipe.objective).collator_needs()
         collator = Collator(family, recipe.seed, **needs)
         length = round_up(recipe.data.length, max(TILE, family.block_size))
-        self.row = RowStreams(
-            length, family.block_size, sparse=collator.sparse_stream, mask=collator.mask_stream, noisy=collator.views
-        )
+        self.row = collator.streams(length)
         self.rows = recipe.train.rows
         self.tokens = self.rows * self.row.total
         self.is_recomputed = recipe.train.checkpointing != "off"
@@ -137,7 +134,8 @@ class Estimate:
     def stream_names(self) -> str:
         """Streams of a row in words."""
         row = self.row
-        names = ["sparse"] * row.sparse + ["all-mask"] * row.mask + ["noisy"] * row.noisy + ["clean"]
+        part = "" if row.student_blocks is None else f" ({row.sparse_length / row.length:.0%})"
+        names = [f"sparse{part}"] * row.sparse + ["all-mask"] * row.mask + ["noisy"] * row.noisy + ["clean"]
         return " + ".join(names)
 
     # --- memory -------------------------------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ class Estimate:
         per_token = 2 * size * shape.query_size + 2 * size * slots * shape.key_size
         per_token += 8 * shape.num_kv_heads * budget / row.block_size
         exact = size * shape.query_size * row.exact.total
-        return self.rows * (row.length * per_token + exact)
+        return self.rows * (row.sparse_length * per_token + exact)
 
     def _last_bytes(self) -> float:
         return self.tokens * self.shape.hidden_size * (4 + self.residual_bytes)
@@ -241,8 +239,8 @@ class Estimate:
         """Rows projected to logits in a micro-step, about: the masked share of the noisy streams."""
         noise = self.family.noise
         share = noise.all_mask_share + (1 - noise.all_mask_share) * (noise.low + noise.high) / 2
-        streams = 1.0 if self.row.noisy == 2 else share * (self.row.noisy + self.row.sparse)
-        return self.rows * self.row.length * streams
+        noisy = 1.0 if self.row.noisy == 2 else share * self.row.noisy
+        return self.rows * (self.row.length * noisy + self.row.sparse_length * share)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -262,7 +260,7 @@ class Estimate:
         pairs = (row.exact.total // row.length) * size * size * blocks * (blocks + 1) / 2
         if row.sparse:
             budget = self.recipe.objective.sparse_distillation.budget or 0
-            pairs += row.length * (min(budget, row.length) + size)
+            pairs += row.sparse_length * (min(budget, row.length) + size)
         forward = 4 * shape.query_size * pairs * self.rows * shape.num_layers
         return forward, 2 * forward
 
@@ -310,7 +308,7 @@ class Estimate:
             yield Item("attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB")
         if sparse.weight > 0:
             layers = max(shape.num_layers - sparse.dense_layers, 0)
-            pairs = self.rows * shape.num_heads * self.row.length**2
+            pairs = self.rows * shape.num_heads * self.row.length * self.row.sparse_length
             moved = layers * pairs * 4 * 7
             yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
