@@ -76,7 +76,7 @@ class LmEvalTask(Task):
 
     def prepare(self, lm: BlockDiffusionLM) -> str:
         """Load the task's data and make its prompts; see `Task.prepare`."""
-        harness = self._harness(lm)
+        harness = self.harness(lm)
         with seeded(self.seed), quiet(lm_eval.api.task):
             self.loaded = self.load(lm)
             for task in self.loaded["tasks"].values():
@@ -147,7 +147,7 @@ class LmEvalTask(Task):
 
     def run(self, lm: BlockDiffusionLM, arm: Arm, advance: Advance) -> TaskResult:
         """Ask, filter and score through lm-eval; see `Task.run`."""
-        harness = self._harness(lm, **arm.generate_options())
+        harness = self.harness(lm, **arm.generate_options())
         harness.advance = advance
         with seeded(self.seed), quiet(lm_eval.api.task):
             for task in self.loaded["tasks"].values():
@@ -179,7 +179,7 @@ class LmEvalTask(Task):
             self.headline = next(iter(typed))
         return TaskResult(typed, records, harness.settings)
 
-    def _harness(self, lm: BlockDiffusionLM, **options: Any) -> HarnessLM:
+    def harness(self, lm: BlockDiffusionLM, **options: Any) -> HarnessLM:
         """The model with our decoding settings; the arm's come on top."""
         own: dict[str, Any] = {"batch_size": self.options.batch_size, "batch_tokens": self.options.batch_tokens}
         return HarnessLM(lm, threshold=self.threshold, steps=self.options.steps, **own, **options)
@@ -230,8 +230,8 @@ def record(name: str, sample: Mapping[str, Any], requests: list[Any], harness: H
 
 def typed_values(metric: str, values: list[Any]) -> list[float] | list[bool]:
     """bool for what is right or wrong, float for the rest."""
-    is_bool = metric.partition(",")[0] in YES_OR_NO and set(values) <= {0, 1}
-    return bools(values) if is_bool else floats(values)
+    is_share = metric.partition(",")[0] in YES_OR_NO and set(values) <= {0, 1}
+    return bools(values) if is_share or all(isinstance(value, bool) for value in values) else floats(values)
 
 
 @cache

@@ -44,6 +44,8 @@ SHORTEST = 1024
 """Below it some tasks have no room for their worked example."""
 PROBE = "The 7 quick brown foxes: naïve façade, 北京, don't!\n\tdef f(x):\n    return x ** 2  # 12345"
 """Text whose encoding, with the vocabulary, tells tokenizers apart whatever the library that holds them."""
+TRACKED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""The sentence that fills variable tracking's text."""
 
 NIAH: dict[str, tuple[str, str, str, dict[str, int]]] = {
     "niah_single_1": ("repeat", "words", "numbers", {}),
@@ -109,7 +111,8 @@ class RulerTask(LmEvalTask):
 
     def values(self, sample: Any) -> dict[str, Any]:
         """The one score that lm-eval files under the length, without its -1 for all others."""
-        return {"recall": float(sample[str(self.length)])}
+        score = sample[str(self.length)]
+        return {"recall": bool(score) if len(sample["doc"]["outputs"]) == 1 else float(score)}
 
 
 def default_cache() -> Path:
@@ -217,7 +220,14 @@ def make_niah(prepare: Any, task: str, tokenizer: Any, length: int, count: int) 
 
 
 def make_tracking(module: Any, tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
-    """Variable tracking, with the one worked example that RULER shows."""
+    """Variable tracking, with the one worked example that RULER shows.
+
+    Raises:
+        ValueError: the example has no room in its 500 tokens, where lm-eval's generator would try for ever.
+    """
+    finest = len(tokenizer(TRACKED)["input_ids"])
+    if finest > 60:
+        raise ValueError(f"ruler_vt: a tokenizer that makes {finest} tokens of {len(TRACKED)} characters is too fine")
     example = module.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
     return module.sys_vartrack_w_noise_random(tokenizer, count, length, icl_example=example)
 
