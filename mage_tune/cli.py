@@ -126,7 +126,9 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter to compare a model with.")] = None,
     suite: Annotated[
         str | None, typer.Option(help="What to measure: quick, standard, full or a YAML file; the recipe's by default.")
@@ -135,12 +137,40 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="A=B", help="Override a key of the recipe's eval section, or of the suite."),
     ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Compare two results.json (or folders with one), sample by sample, B with A."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare results whose settings differ.")] = False,
+    list_suites: Annotated[bool, typer.Option("--list-suites", help="List the shipped suites.")] = False,
+    print_suite: Annotated[
+        str | None, typer.Option(metavar="SUITE", help="Print a shipped suite, to copy and change.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Prove it: base against adapter, exact against sparse attention."""
-    from mage_tune.evals.run import evaluate as run
+    """Prove it: base against adapter, exact against sparse attention; goes on where it was interrupted."""
+    if list_suites:
+        from mage_tune.evals.suites import shipped_suites
+        from mage_tune.recipe import load_suite
 
-    run(target, adapter=adapter, overrides=overrides or [], suite=suite)
+        for name, file in shipped_suites().items():
+            typer.echo(f"{name:10} {load_suite(file).description}")
+    elif print_suite is not None:
+        from mage_tune.evals.suites import find_suite
+
+        typer.echo(find_suite(print_suite).read_text(encoding="utf-8"), nl=False)
+    elif compare is not None:
+        from mage_tune.evals.compare import compare_files
+
+        compare_files(*compare, force=force)
+    elif target is None:
+        raise ValueError(
+            "name a run folder or model to evaluate, or give --compare A B, --list-suites or --print-suite"
+        )
+    else:
+        from mage_tune.evals.run import evaluate as run
+
+        run(target, adapter=adapter, overrides=overrides or [], suite=suite)
 
 
 @app.command()

@@ -91,6 +91,11 @@ class Row:
         return "↑" if self.higher_is_better else "↓"
 
     @property
+    def interval(self) -> str:
+        """Ends of the difference's interval."""
+        return "" if self.difference is None else interval(self.difference, signed)
+
+    @property
     def score(self) -> str:
         """ "5 / 2 / 1": units on which the second side won, tied and lost."""
         found = self.difference
@@ -328,6 +333,16 @@ def table(section: Section) -> Table:
         values = [value_cell(estimate, with_interval=section.is_coarse) for estimate in row.arms.values()]
         change = row.difference
         shown.add_row(label, *values, signed(change.mean), interval(change, signed), MARKS[row.verdict])
+    return shown
+
+
+def plain_table(titles: list[str], rows: list[list[Any]]) -> Table:
+    """Rows as they are: the first column to the left, all others to the right."""
+    shown = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, title in enumerate(titles):
+        shown.add_column(title, justify="right" if 0 < i < len(titles) - 1 else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
     return shown
 
 

@@ -45,6 +45,8 @@ SEED = 1234
 """Seed of reveals and needle prompts: the same for every model, so that results can be compared."""
 ATTENTIONS = ("exact", "mage")
 """How the needle questions of a recipe's evaluation are answered."""
+PLAIN_EVERY_S = 30.0
+"""Seconds after which a log gets a line, whatever was done."""
 ARMS = "arms"
 """Folder of the finished arms, beside results.json."""
 
@@ -198,8 +200,8 @@ def recipe_plan(settings: Eval, lm: BlockDiffusionLM) -> Plan:
             )
             for name in TASKS
         ]
-        dense = (("dense_layers", settings.dense_layers),)
-        readings += [Arm("base", rule, settings.needle_budget, dense) for rule in ATTENTIONS if rule != "exact"]
+        sparse = [rule for rule in ATTENTIONS if rule != "exact"]
+        readings += [Arm("base", rule, settings.needle_budget, dense_layers=settings.dense_layers) for rule in sparse]
     return Plan(None, settings.model_dump(), tasks, readings)
 
 
@@ -332,11 +334,11 @@ def on_side(lm: BlockDiffusionLM, side: Side) -> Iterator[None]:
 
 
 class Bar:
-    """Progress over samples: a bar with ETA on a terminal, a line for every tenth of the work in a log."""
+    """Progress over samples: a bar with ETA on a terminal; in a log a line for every tenth, or every half minute."""
 
     def __init__(self, total: int, console: Console, bar: Progress | None) -> None:
         self.total, self.console, self.bar, self.done, self.words = total, console, bar, 0, ""
-        self.start = time.perf_counter()
+        self.start = self.last_line = time.perf_counter()
         self.task = bar.add_task("evaluating", total=total, words="") if bar else None
 
     def say(self, words: str) -> None:
@@ -350,10 +352,16 @@ class Bar:
         self.done += 1
         if self.bar is not None and self.task is not None:
             self.bar.advance(self.task)
-        elif self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+        elif self.is_due():
+            self.last_line = time.perf_counter()
             left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
             words = f" · {self.words}" if self.words else ""
             self.console.print(f"evaluating: {self.done}/{self.total}{words} · {clock(left)} left")
+
+    def is_due(self) -> bool:
+        """Whether a log should hear of this sample."""
+        is_tenth = self.done * 10 // self.total > (self.done - 1) * 10 // self.total
+        return is_tenth or time.perf_counter() - self.last_line > PLAIN_EVERY_S
 
     def stop(self) -> None:
         """Give the terminal back."""

@@ -98,10 +98,9 @@ def arms_of(suite: Suite) -> Iterator[Arm]:
     """
     yield Arm()
     for number, spec in enumerate(suite.rules):
-        options = {"dense_layers": suite.dense_layers} | spec.options
         for budget in spec.budgets:
             try:
-                yield Arm("base", spec.rule, budget, tuple(options.items()))
+                yield Arm("base", spec.rule, budget, tuple(spec.options.items()), suite.dense_layers)
             except (TypeError, ValueError) as error:
                 raise RecipeError(f"suite: key 'rules[{number}]': {error}") from None
 

@@ -39,8 +39,10 @@ class Arm:
         model: "base" (adapter switched off) or "adapter".
         rule: a selection rule of `decode.rules`; "exact" sees every key.
         budget: keys kept per KV head; None for exact.
-        options: the rule's other options (dense_layers, sinks, ...) and the levers refresh, reselect_at and residual,
-            as (name, value) pairs.
+        options: the rule's other options (sinks, recent, ...) and the levers refresh, reselect_at and residual, as
+            (name, value) pairs.
+        dense_layers: first layers that stay exact, the same for all arms of a suite and so not in an arm's name; an
+            option of that name comes before it.
 
     Raises:
         ValueError: no such rule or option, or one that contradicts another.
@@ -50,6 +52,7 @@ class Arm:
     rule: str = "exact"
     budget: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    dense_layers: int = 2
 
     def __post_init__(self) -> None:
         if self.rule != "exact" and self.budget is None:
@@ -76,7 +79,8 @@ class Arm:
     def attention(self) -> Rule:
         """The selection rule, for `lm.generate(attention=...)`."""
         levers = {f.name for f in fields(Levers)}
-        chosen = {name: value for name, value in self.options if name not in levers}
+        chosen = {"dense_layers": self.dense_layers}
+        chosen |= {name: value for name, value in self.options if name not in levers}
         return make_rule(self.rule, budget=self.budget, **chosen)
 
     @property

@@ -226,7 +226,7 @@ class RulesTask(WindowTask):
             else:
                 with torch.no_grad():
                     own = make_rule("oracle", budget=arm.budget, dense_layers=rule.dense_layers)
-                    by = Arm("base", "oracle", arm.budget, (("dense_layers", rule.dense_layers),))
+                    by = Arm("base", "oracle", arm.budget, dense_layers=rule.dense_layers)
                     looks = look_everywhere(window, {arm: [rule], by: [own]} if rule != own else {arm: [rule]})
                     keys = choose(window, by, own, looks).selection
                     found = probe_arm(window, arm, [rule], looks, [keys])[0]
@@ -296,8 +296,9 @@ class LayersTask(WindowTask):
         """Probe every window, layer by layer."""
         metrics: dict[str, list[float]] = {name: [] for name in self.measures}
         records = []
-        options = (("dense_layers", self.dense_layers),)
-        foresight, own = (Arm(arm.model, name, self.budget, options) for name in ("mage", "oracle"))
+        foresight, own = (
+            Arm(arm.model, name, self.budget, dense_layers=self.dense_layers) for name in ("mage", "oracle")
+        )
         for number, tokens in enumerate(self.windows):
             start = time.perf_counter()
             window = open_window(lm, tokens, number, self.blocks, self.seed)

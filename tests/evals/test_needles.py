@@ -56,7 +56,7 @@ def test_an_answer_is_right_when_every_value_is_in_it():
 def test_arms_differ_in_attention_alone():
     lm = Parrot("a", "b", "c")
     prompt = NeedlePrompt(np.array([5]), ("111111",), (0.5,))
-    for arm in (Arm(), Arm("base", "mage", 16, (("dense_layers", 1),))):
+    for arm in (Arm(), Arm("base", "mage", 16, dense_layers=1)):
         asked(lm, [prompt], arm, Decoding(16, 0.9))
     asked(lm, [prompt], Arm(), Decoding(16, 0.9, steps=4, stops=False))
     (_, exact), (_, sparse), (_, stepped) = lm.asked
@@ -98,7 +98,7 @@ def test_needles_of_the_grid_stand_where_they_were_asked_to(kind, depth):
 def test_needles_that_do_not_fit_are_said():
     lm = Parrot()
     text = np.asarray(lm.tokenizer("Plain text. " * 50)["input_ids"])
-    with pytest.raises(ValueError, match="needles: 40 needles do not fit in .* context of 1024"):
+    with pytest.raises(ValueError, match=r"needles: 40 needles do not fit in .* context of 1024"):
         grid_prompt(lm, text, "multi_key", 1024, 0.5, needles=40, asked=2, rng=np.random.default_rng(0))
 
 
