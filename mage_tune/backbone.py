@@ -137,6 +137,7 @@ def load_backbone(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "auto",
+    quantise: str = "none",
     **facts: Any,
 ) -> Backbone:
     """Load a published or converted checkpoint (folder or Hub id) into its native transformers class.
@@ -147,10 +148,12 @@ def load_backbone(
         revision: Hub revision.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
+        quantise: "none", or "nf4": see `hold_in_nf4`.
         facts: overrides of family facts: block_size, mask_id, stop_ids, pad_id. None keeps the checkpoint's.
 
     Raises:
-        ValueError: the family cannot be told, a fact is missing, or the checkpoint does not match the architecture.
+        ValueError: the family cannot be told, a fact is missing, the checkpoint does not match the architecture, or
+            bitsandbytes is missing.
         OSError: no such folder or repository.
     """
     config_dict, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
@@ -184,6 +187,8 @@ def load_backbone(
         raise ValueError(f"{path}: weights do not fit {architecture}: missing or mismatched {', '.join(lost)} ...")
     tokenizer = load_tokenizer(path, config, revision)
     record = check_facts(record.with_overrides(**facts), config.vocab_size, path)
+    if quantise == "nf4":
+        hold_in_nf4(model, device)
     return Backbone(_install_hook(model.to(device).eval()), tokenizer, record)
 
 
@@ -211,12 +216,15 @@ def random_backbone(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    quantise: str = "none",
     **facts: Any,
 ) -> Backbone:
     """A randomly initialised model: `shape` holds the fields of `recipe.RandomWeights`. Tokenizer: bytes.
 
+    The weights of a seed are the same in every precision on a CPU; on a GPU they are drawn there, in their precision.
+
     Raises:
-        ValueError: a family fact (mask id, stop id) is missing or outside the vocabulary.
+        ValueError: a family fact (mask id, stop id) is missing or outside the vocabulary, or bitsandbytes is missing.
     """
     target = resolve_device(device)
     architecture = _ARCHITECTURES[shape["architecture"]]
@@ -248,11 +256,44 @@ def random_backbone(
             "stop_ids": (tokenizer.eos_token_id,),
             "pad_id": tokenizer.pad_token_id,
         } | {name: fact for name, fact in facts.items() if fact is not None}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = model_class(config).to(resolve_dtype(dtype, target))
+        if target.type == "cpu":
+            model = model_class(config).to(resolve_dtype(dtype, target))
+        else:
+            with target:
+                model = model_class._from_config(config, dtype=resolve_dtype(dtype, target))
     record = check_facts(record.with_overrides(**facts), config.vocab_size, "random weights")
+    if quantise == "nf4":
+        hold_in_nf4(model, target)
     return Backbone(_install_hook(model.to(target).eval()), tokenizer, record)
+
+
+def hold_in_nf4(model: PreTrainedModel, device: torch.device) -> None:
+    """Hold the linear layers of every decoder layer in 4 bits (QLoRA: NF4, its scales quantised too).
+
+    Layers go to the device one by one, so it never holds the model in its own precision.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ValueError("model.quantise: nf4 needs bitsandbytes; pip install 'mage_tune[gpu]'") from error
+    for layer in model.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if type(linear) is not nn.Linear:
+                continue
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            held = bnb.nn.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+            held.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=held
+            )
+            held.bias = linear.bias
+            layer.set_submodule(name, held.to(device))
+    # What PEFT asks before it puts adapters on such layers.
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
 def check_facts(family: Family, vocab_size: int, where: str) -> Family:

@@ -87,6 +87,10 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision the frozen weights are held in; auto is bfloat16 on a GPU, else float32."
     )
+    quantise: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4 holds the linear layers in 4 bits (QLoRA; needs bitsandbytes): less memory, more time a step.",
+    )
     random_weights: RandomWeights | None = Field(None, description="Train a random model of this shape instead.")
 
     @property

@@ -297,10 +297,22 @@ def load_recipe_backbone(recipe: Recipe) -> Backbone:
     }
     if settings.random_weights is not None:
         shape = settings.random_weights.model_dump()
-        return random_backbone(shape, settings.family or "converted", seed=recipe.seed, dtype=settings.dtype, **facts)
+        return random_backbone(
+            shape,
+            settings.family or "converted",
+            seed=recipe.seed,
+            dtype=settings.dtype,
+            quantise=settings.quantise,
+            **facts,
+        )
     assert settings.path is not None
     backbone = load_backbone(
-        settings.path, family=settings.family, revision=settings.revision, dtype=settings.dtype, **facts
+        settings.path,
+        family=settings.family,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        quantise=settings.quantise,
+        **facts,
     )
     if recipe.data.length % backbone.family.block_size:
         raise ValueError(

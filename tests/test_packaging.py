@@ -137,6 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbone": {"families", "blocks", "streams", "data"},
     "decode": {"families", "blocks", "selection", "streams", "backbone", "mage_kernels"},
     "lm": {"families", "streams", "backbone", "decode"},
+    "fused": {"backbone"},
     "stream_loss": {"recipe_schema", "objectives", "selection", "streams", "backbone"},
     "run_folder": {"environment", "families", "recipe", "backbone", "stability"},
 }

@@ -68,6 +68,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.stop_ids": ("[4]", "data.length=640"),
     "model.pad_id": ("6", "model.family=sdar", CHAT),
     "model.dtype": ("bfloat16",),
+    "model.quantise": ("nf4",),
     "model.random_weights": ("{vocab_size: 264, hidden_size: 32, num_layers: 3}",),
     "model.random_weights.architecture": ("qwen2",),
     "model.random_weights.vocab_size": ("300",),
