@@ -317,7 +317,7 @@ class Train(Section):
 
     steps: int = Field(200, ge=1, description="Optimizer steps.")
     rows: int = Field(1, ge=1, description="Rows per device and micro-step.")
-    accumulation: int = Field(1, ge=1, description="Micro-steps per optimizer step.")
+    accumulation: int = Field(1, ge=1, description="Micro-steps per optimizer step, shared out among the devices.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mage_tune.backbone import write_family
@@ -135,16 +136,22 @@ def write_facts(folder: Path, recipe: Recipe, family: Family) -> None:
     write_family(folder, family)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the adapter at the top of the run folder, weights last, so that their presence means "finished".
+
+    Args:
+        model: the model with the adapter.
+        folder: run folder.
+        state: what `trained_weights` gathered, where an engine holds the model in parts.
 
     Raises:
         NonFiniteError: a weight is not finite; nothing is written.
     """
-    refuse_non_finite(model)
+    state = trained_weights(model) if state is None else state
+    refuse_non_finite(state)
     temporary = folder / ".adapter"
     shutil.rmtree(temporary, ignore_errors=True)  # of a process killed right here
-    model.save_pretrained(str(temporary))
+    model.save_pretrained(str(temporary), state_dict=state)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
     _sync(temporary)
     for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
@@ -153,14 +160,33 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     temporary.rmdir()
 
 
-def refuse_non_finite(model: nn.Module) -> None:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> weight of everything that is trained, whole, also where an engine splits weights over processes.
+
+    Every process has to call it.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if any(hasattr(weight, "ds_id") for weight in trained.values()):  # DeepSpeed ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(trained.values())):
+            return {name: weight.detach().cpu().clone() for name, weight in trained.items()}
+    return {name: whole(weight.detach()) for name, weight in trained.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 may have split, put together; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def refuse_non_finite(weights: dict[str, Tensor]) -> None:
     """Make sure that every trained weight is finite.
 
     Raises:
         NonFiniteError: one is not; names it.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
             raise NonFiniteError(f"{name}: not finite; the adapter is not saved, earlier checkpoints are kept")
 
 

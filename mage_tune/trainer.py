@@ -8,6 +8,7 @@ accumulation and several GPUs do not change the loss. Its checkpoints appear who
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -42,6 +43,8 @@ from mage_tune.run_folder import (
     refuse_non_finite,
     save_adapter,
     sweep,
+    trained_weights,
+    whole,
     write_facts,
 )
 from mage_tune.stability import NonFiniteError, SpikeGuard, StopOnSignal, TrainingStopped, ignore_stop_signals
@@ -144,14 +147,21 @@ class MageTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is None:  # the engine clips, and tells later
             return None
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_step(f"the gradient norm is {float(norm)}", self._step_rows))
-        for guard, value in zip(self._guards, (self._step_loss, float(norm)), strict=True):
+        (step_loss,) = self._over_processes([self._step_loss]).sum(0).tolist()
+        for guard, value in zip(self._guards, (step_loss, float(norm)), strict=True):
             spike = guard.check(value)
             if spike and self.is_world_process_zero():
                 advice = "if it does not come down again, lower train.learning_rate"
                 self.console.print(f"warning: {self._about_step(spike, self._step_rows)}; {advice}", style="yellow")
         return norm
+
+    def _over_processes(self, values: Sequence[float]) -> Tensor:
+        """(processes, values) float64: the same measurements on every process; every process has to call it."""
+        mine = torch.tensor([list(values)], dtype=torch.float64, device=self.args.device)
+        return self.accelerator.gather(mine)
 
     def _about_step(self, what: str, rows: Sequence[int]) -> str:
         """`what`, with the step and the rows of this process that it came from."""
@@ -171,7 +181,7 @@ class MageTrainer(Trainer):
             NonFiniteError: a weight is not finite.
             OSError: it could not be written, for example on a full disk; earlier ones are untouched.
         """
-        refuse_non_finite(model)
+        refuse_non_finite(trained_weights(model))
         folder = Path(str(self.args.output_dir))
         if self.args.should_save:
             sweep(folder)
@@ -206,15 +216,22 @@ class MageTrainer(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add every term, throughput and memory to the Trainer's own log line."""
+        """Add every term, throughput and memory, over all processes, to the Trainer's own log line."""
         if "loss" in logs:
             steps = self._window["micro_steps"] / self.args.gradient_accumulation_steps
             seconds = time.perf_counter() - self._window["started"]
-            logs |= {name: value / steps for name, value in self._logged.items()}
-            logs["tokens_per_s"] = self._window["tokens"] / seconds
+            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+            names = sorted(self._logged)
+            # Terms are each process's part of a sum over all; the share is a mean; memory is the fullest device's.
+            measured = self._over_processes([*(self._logged[name] for name in names), self._window["tokens"], peak])
+            *sums, tokens, _ = measured.sum(0).tolist()
+            logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
+            if "sparse_share" in logs:
+                logs["sparse_share"] /= len(measured)
+            logs["tokens_per_s"] = tokens / seconds
             logs["step_s"] = seconds / steps
             if torch.cuda.is_available():
-                logs["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                logs["peak_gib"] = measured[:, -1].max().item()
             self._logged.clear()
             self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         super().log(logs, *args, **kwargs)
@@ -255,15 +272,14 @@ def train(recipe: Recipe) -> Path:
         TrainingStopped: Ctrl-C or SIGTERM ended it early, with a checkpoint to go on from.
     """
     folder = Path(recipe.output or f"runs/{recipe.name}")
+    micro_steps_per_process(recipe.train)  # before anything is loaded
     checkpoint = prepare_folder(folder, recipe)
     backbone = load_recipe_backbone(recipe)
     loss = StreamLoss(recipe.objective)
     num_rows = recipe.train.steps * recipe.train.rows * recipe.train.accumulation
     console = Console(stderr=True)
     arguments = training_arguments(recipe, folder)
-    dataset = build_mixture(
-        recipe.data, backbone.tokenizer, backbone.family, num_rows * arguments.world_size, recipe.seed
-    )
+    dataset = build_mixture(recipe.data, backbone.tokenizer, backbone.family, num_rows, recipe.seed)
     if arguments.process_index == 0:
         write_facts(folder, recipe, backbone.family)
         console.print(preview(next(iter(dataset)), backbone.tokenizer))
@@ -281,8 +297,10 @@ def train(recipe: Recipe) -> Path:
             f"{recipe.train.steps}; the same command goes on from {last_checkpoint(folder / 'checkpoints')}",
             stop.signum,
         )
+    state = trained_weights(model)
     if trainer.is_world_process_zero():
-        save_adapter(model, folder)
+        save_adapter(model, folder, state)
+    trainer.accelerator.wait_for_everyone()
     return folder
 
 
@@ -351,6 +369,21 @@ def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False,
             layer._gradient_checkpointing_func = offloaded_checkpoint
 
 
+def micro_steps_per_process(settings: Train) -> int:
+    """Micro-steps of one optimizer step that each process does: a recipe trains the same on any number of them.
+
+    Raises:
+        ValueError: they cannot be shared out evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.accumulation % processes:
+        raise ValueError(
+            f"train.accumulation: {settings.accumulation} micro-steps cannot be shared evenly by {processes} "
+            f"processes; write a multiple of {processes} (and train.rows smaller, for the same rows per step)"
+        )
+    return settings.accumulation // processes
+
+
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """The recipe in transformers' terms."""
     settings = recipe.train
@@ -359,7 +392,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.rows,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=micro_steps_per_process(settings),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],

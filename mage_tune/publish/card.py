@@ -169,7 +169,7 @@ def training_facts(run: Run) -> dict[str, str]:
     """The training in words, from metrics.jsonl."""
     recipe, lines = run.recipe, run.training
     facts = {
-        "steps": f"{recipe.train.steps} of {recipe.train.rows * recipe.train.accumulation} rows per device "
+        "steps": f"{recipe.train.steps} of {recipe.train.rows * recipe.train.accumulation} rows "
         f"and {recipe.data.length} tokens",
         "peak learning rate": f"{recipe.train.learning_rate:g}",
         "seed": str(recipe.seed),
