@@ -74,7 +74,8 @@ class Arm:
 
     def settings(self) -> dict[str, Any]:
         """Everything about the attention, as JSON values."""
-        return self.attention().settings() | self.levers.settings()
+        found = self.attention().settings() | self.levers.settings()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     def attention(self) -> Rule:
         """The selection rule, for `lm.generate(attention=...)`."""
