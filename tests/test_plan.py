@@ -232,7 +232,7 @@ def test_a_config_alone_is_enough(config_only):
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["parameters"] == 7615616512
-    assert found["streams"] == "all-mask + noisy + noisy + clean"
+    assert found["streams"] == "all-mask + noisy + clean"
     assert found["tokens"] == 200 * 8 * 4096
     assert found["fits"]
     assert found["peak_gib"] == pytest.approx(sum(item["amount"] for item in found["memory"]))
