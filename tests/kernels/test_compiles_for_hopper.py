@@ -1,4 +1,4 @@
-"""The Hopper kernel cannot be interpreted, but any machine can compile it: the right instructions, and no spills."""
+"""Any machine can compile for an H100: the Hopper kernel, which cannot be interpreted, and what operations launch."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import mage_kernels
 
 pytest.importorskip("triton")
 
@@ -51,3 +53,15 @@ def test_compiles_for_hopper(shape, tmp_path):
     stack, shared = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("STACK", "SHARED"))
     assert stack == 0, f"the kernel spills {stack} bytes of registers: {usage.stdout}"
     assert shared <= 227 * 1024
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted process cannot compile")
+def test_every_launched_kernel_compiles(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_ops.py")), "7B"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = set(re.findall(r"compiled (\w+)", done.stdout))
+    sources = "".join(path.read_text() for path in Path(mage_kernels.__file__).parent.glob("*/triton.py"))
+    defined = set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
+    assert compiled == defined

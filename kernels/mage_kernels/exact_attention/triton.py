@@ -154,10 +154,10 @@ def merge_kernel(
     if OWN > 0:
         o_own = tl.arange(0, BLOCK_OWN)
         m_own = o_own < OWN
-        p_k = own_key + i_b * ok_batch + i_h * ok_head + o_own[:, None] * ok_row + o_d
-        p_v = own_value + i_b * ov_batch + i_h * ov_head + o_own[:, None] * ov_row + o_v
-        b_own_k = tl.load(p_k, mask=m_own[:, None] & (o_d < D), other=0.0)
-        b_own_v = tl.load(p_v, mask=m_own[:, None] & (o_v < D), other=0.0)
+        p_own_k = own_key + i_b * ok_batch + i_h * ok_head + o_own[:, None] * ok_row + o_d
+        p_own_v = own_value + i_b * ov_batch + i_h * ov_head + o_own[:, None] * ov_row + o_v
+        b_own_k = tl.load(p_own_k, mask=m_own[:, None] & (o_d < D), other=0.0)
+        b_own_v = tl.load(p_own_v, mask=m_own[:, None] & (o_v < D), other=0.0)
     length = tl.load(lengths + i_b)
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)

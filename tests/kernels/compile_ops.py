@@ -1,0 +1,134 @@
+"""Compiles for an H100 every kernel that the operations launch on the published shapes, on a machine without a GPU.
+
+The interpreter runs kernels as Python and lets pass what the compiler refuses (a name that changes its type in a
+branch, say). Here launches stop after compilation.
+
+    python tests/kernels/compile_ops.py            # all shapes
+    python tests/kernels/compile_ops.py 7B small   # these, as test_compiles_for_hopper.py does
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import mage_kernels.choice
+import mage_kernels.exact_attention.triton
+from mage_kernels.add_norm import add_norm
+from mage_kernels.compact import compact
+from mage_kernels.confidence import confidence
+from mage_kernels.exact_attention import exact_attention
+from mage_kernels.fill_block import fill_block
+from mage_kernels.gather_attention import gather_attention
+from mage_kernels.key_scores import mean_logit, mean_probability, tile_mass
+from mage_kernels.page_scores import FORMS, page_scores, update_pages
+from mage_kernels.rope_append import rope_append
+from mage_kernels.select_keys import select_keys
+from mage_kernels.silu_mul import silu_mul
+from mage_kernels.small_attention import small_attention
+from mage_kernels.top_k import top_k
+
+H100 = GPUTarget("cuda", 90, 32)
+BLOCK, CONTEXT, KEYS = 32, 1024, 512
+SHAPES = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "SDAR-8B": (32, 8, 128), "small": (9, 3, 64)}
+"""Name -> query heads, KV heads, head_dim."""
+
+launched: dict[str, set[str]] = {}
+
+
+def compile_instead(run):
+    """JITFunction.run that stops before the launch."""
+
+    def compiled(self, *args, **options):
+        kernel = run(self, *args, **{**options, "warmup": True})
+        launched.setdefault(self.fn.__name__, set()).add(kernel.hash)
+        return kernel
+
+    return compiled
+
+
+def pretend_to_be_an_h100() -> None:
+    """Triton compiles for it, and the operations believe that Triton can run."""
+    stub = SimpleNamespace(
+        get_current_target=lambda: H100,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    driver.set_active(stub)
+    JITFunction.run = compile_instead(JITFunction.run)
+    mage_kernels.choice._why_not_here = lambda *_: None
+    mage_kernels.exact_attention.triton.num_slots = lambda _: 132
+
+
+def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch.dtype) -> None:
+    """What attention and selection of a model launch; the numbers themselves are never computed."""
+    rows, given = heads // kv_heads * BLOCK, {"impl": "triton"}
+    query = torch.zeros(batch, kv_heads, rows, dim, dtype=dtype)
+    key, own = (torch.zeros(batch, kv_heads, n, dim, dtype=dtype) for n in (CONTEXT, BLOCK))
+    lengths = torch.full((batch,), CONTEXT, dtype=torch.int32)
+    scale = dim**-0.5
+    count = torch.full((batch, kv_heads), KEYS, dtype=torch.int32)
+    index = torch.zeros(batch, kv_heads, KEYS, dtype=torch.int32)
+    for tile in (None, 64, 128):
+        out = exact_attention(query, key, key, lengths, scale, own_key=own, own_value=own, tile=tile, **given)
+        if tile:
+            mass = tile_mass(out.tile_log_mass, out.log_mass, lengths, tile, **given)
+            select_keys(query, key, out.log_mass, mass, lengths, scale, KEYS, tile=tile, **given)
+    exact_attention(query, key, key, lengths, scale, **given)
+    mean_probability(query, key, out.log_mass, lengths, scale, **given)
+    mean_logit(query, key, lengths, scale, **given)
+    for length in (CONTEXT, 131072):
+        top_k(torch.zeros(batch, kv_heads, length), KEYS, lengths, sinks=4, recent=64, **given)
+    kept = torch.zeros(batch, kv_heads, KEYS + BLOCK, dim, dtype=dtype)
+    compact(key, key, index, count, kept, kept.clone(), **given)
+    small_attention(query, kept, kept, count, scale, own=BLOCK, **given)
+    gather_attention(query, key, key, index, count, scale, own_key=own, own_value=own, **given)
+    low, high = (torch.zeros(batch, kv_heads, CONTEXT // 16, dim, dtype=dtype) for _ in range(2))
+    update_pages(low, high, key, lengths, page=16, added=BLOCK, **given)
+    for form in FORMS:
+        page_scores(query, low, high, lengths, page=16, form=form, **given)
+
+
+def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch.dtype) -> None:
+    """What the rest of a forward pass launches."""
+    given, tokens, hidden = {"impl": "triton"}, batch * BLOCK, heads * dim
+    residual = torch.zeros(tokens, hidden, dtype=dtype)
+    add_norm(residual, residual.clone(), torch.ones(hidden, dtype=dtype), 1e-6, **given)
+    add_norm(residual, None, torch.ones(hidden, dtype=dtype), 1e-6, **given)
+    silu_mul(torch.zeros(tokens, 2 * 8960, dtype=dtype), **given)
+    table = torch.zeros(CONTEXT, dim // 2)
+    cache = torch.zeros(batch, kv_heads, CONTEXT, dim, dtype=dtype)
+    position = torch.zeros(batch, dtype=torch.int64)
+    qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    norm = torch.ones(dim, dtype=dtype)
+    for norms in ((None, None), (norm, norm)):
+        rope_append(qkv, table, table, position, cache, cache.clone(), position, *norms, **given)
+    confidence(torch.zeros(BLOCK, 4096, dtype=dtype), exclude=3, **given)
+    ids, progress, left = (torch.zeros(batch, *size, dtype=torch.int64) for size in ((BLOCK,), (3,), ()))
+    quotas = torch.ones(BLOCK, dtype=torch.int64)
+    for threshold in (None, 0.9):
+        drawn, rule = (ids, torch.zeros(batch, BLOCK)), {"mask_id": 0, "window": BLOCK, "shift": 0}
+        fill_block(ids, *drawn, progress, left, quotas, threshold=threshold, **rule, **given)
+
+
+def main(names: list[str]) -> None:
+    """The shapes named, all by default: one row and eight in bf16; the small one in fp16 too."""
+    pretend_to_be_an_h100()
+    for name in names or SHAPES:
+        for batch in (1, 8) if not names else (1,):
+            compile_attention(*SHAPES[name], batch, torch.bfloat16)
+        compile_layers(*SHAPES[name], 1, torch.bfloat16)
+    if not names:
+        compile_attention(*SHAPES["small"], 1, torch.float16)
+    for kernel, variants in sorted(launched.items()):
+        print(f"compiled {kernel} {len(variants)}")
+    print("triton", triton.__version__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
