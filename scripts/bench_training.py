@@ -133,7 +133,7 @@ def all_cases() -> list[Case]:
         Case("smollm2-convert", "smollm2-135m-convert", {"train.kernels": "fused"}, steps=10, profiled=True),
         Case("smollm2-convert-plain", "smollm2-135m-convert", {"train.kernels": "plain"}, steps=10),
         # The bars: 64K tokens of data a step.
-        Case("1.5b-64k", "1.5b", FUSED | {"train.accumulation": 16}, steps=10),
+        Case("1.5b-64k", "1.5b", FUSED | {"train.rows": 2, "train.accumulation": 8}, steps=10),
         Case("7b-64k", "7b", FUSED | {"train.accumulation": 16}, steps=10),
     ]
     long = {"train.accumulation": 1, "train.kernels": "fused", "train.checkpointing": "non_reentrant"}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mage_tune.backbone import attach_adapter, hidden_states, random_backbone
 from mage_tune.cli import app
 from mage_tune.families import get_family
+from mage_tune.fused import fuse
 from mage_tune.plan import USABLE, plan
 from mage_tune.plan.estimate import CARDS, Estimate
 from mage_tune.plan.shape import Shape
@@ -110,13 +111,15 @@ class LikeFlex(torch.autograd.Function):
         return gradient, None, None
 
 
-def kept_bytes(layers: int, length: int, weights: str, targets: list[str]) -> int:
+def kept_bytes(layers: int, length: int, weights: str, targets: list[str], architecture: str, change=None) -> int:
     """Bytes that autograd keeps in the forward pass of a real model, parameters apart, each storage once."""
-    sizes = LAYER | {"num_layers": layers, "architecture": "llama", "vocab_size": 64, "max_positions": 4096}
+    sizes = LAYER | {"num_layers": layers, "architecture": architecture, "vocab_size": 64, "max_positions": 4096}
     shape = sizes | {"tie_embeddings": True}
     backbone = random_backbone(shape, "converted", dtype=weights, device="cpu", mask_id=5, stop_ids=(1,), pad_id=0)
     model = attach_adapter(backbone, rank=4, alpha=8.0, targets=targets, train_mask_embedding=True)
     leave_casts_to_autocast(model)
+    if change is not None:
+        change(model)
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -137,15 +140,54 @@ def kept_bytes(layers: int, length: int, weights: str, targets: list[str]) -> in
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 @pytest.mark.parametrize("targets", [None, ["q_proj", "o_proj"]])
-def test_a_layer_is_counted_as_autograd_keeps_it(weights, targets):
-    length, names = 4096, targets or list(get_family("converted").lora_targets)
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({}, None),
+        ({"kernels": "fused"}, fuse),
+        ({"kernels": "fused", "checkpointing": "mlp"}, lambda model: fuse(model, "mlp")),
+    ],
+)
+def test_a_layer_is_counted_as_autograd_keeps_it(weights, targets, settings, change):
+    names = targets or list(get_family("converted").lora_targets)
+    length = 4096 if change is None else 1024  # `kept_bytes` tells cast weights of plain layers by their size
     recipe = make_recipe(
-        model={"dtype": weights}, data={"length": length // 2}, adapter={"rank": 4, "targets": targets}
-    )  # two streams
-    shape = Shape(256, 64, 160, 4, 4, 2, 24, True)
+        model={"dtype": weights},
+        data={"length": length // 2},  # two streams
+        adapter={"rank": 4, "targets": targets},
+        train=settings,
+    )
+    architecture = "llama" if change is None else "qwen3"
+    shape = Shape(256, 64, 160, 4, 4, 2, 24, True, head_norms=architecture == "qwen3")
     counted = Estimate(recipe, shape, recipe.model.record).layer_bytes()
-    measured = kept_bytes(3, length, weights, names) - kept_bytes(2, length, weights, names)
-    assert counted == pytest.approx(measured, rel=0.03)
+    three, two = (kept_bytes(n, length, weights, names, architecture, change) for n in (3, 2))
+    assert counted == pytest.approx(three - two, rel=0.03)
+
+
+def test_weights_in_4_bits_are_counted_as_bitsandbytes_holds_them():
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    recipe = make_recipe(model={"random_weights": shape, "quantise": "nf4"})
+    sizes = recipe.model.random_weights.model_dump()
+    backbone = random_backbone(
+        sizes, "converted", dtype="bfloat16", device="cpu", quantise="nf4", mask_id=5, stop_ids=(1,), pad_id=0
+    )
+    held = sum(p.nbytes for p in backbone.model.parameters())
+    for module in backbone.model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    items = {item.name: item.amount for item in plan(recipe).memory}
+    assert items["weights"] * 2**30 == pytest.approx(held, rel=0.01)
+
+
+def test_offloaded_checkpoints_cost_the_device_nothing():
+    settings = {"kernels": "fused", "checkpointing": "non_reentrant"}
+    kept, offloaded = (
+        {item.name: item for item in plan(make_recipe(train=settings | {"offload": off})).memory}
+        for off in (False, True)
+    )
+    assert kept["checkpoints"].amount > 0 == offloaded["checkpoints"].amount
+    assert "of host memory" in offloaded["checkpoints"].made_of
 
 
 SPARSE_OFF = {"weight": 0.0}

@@ -11,8 +11,9 @@ fitted. Against runs of SmolLM2-135M on one H100 (torch 2.11, transformers 5.17,
     4 x 4, 32, the same and sparse cross-entropy, budget 128  28.2 GiB   27.6 (-2.0 %)
     16 x 2, 36, frozen weights in float32                     51.6 GiB   51.5 (-0.2 %)
 
-In the third line the KL part was off (with it, 29.1 GiB are predicted). None of the runs recomputes activations: what
-`train.checkpointing` saves is not yet compared with a measurement.
+In the third line the KL part was off (with it, 29.1 GiB are predicted). None of the runs recomputes activations, and
+all are of plain layers: what `train.checkpointing` saves, fused kernels, offload and 4-bit weights are counted the same
+way and not yet compared with a measurement on a GPU (the tests compare them with what autograd keeps).
 
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of other
 cards), attention at FlexAttention's usual rates, everything between them as memory traffic, and never less than the
@@ -74,6 +75,8 @@ CARDS = {
     "l40s": Card(44.4, 362, 0.86),
     "rtx4090": Card(23.5, 165, 1.0),
 }
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: the bits, a byte of scale for 64 weights, and a float32 for 256 such bytes."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ class Estimate:
         self.row = collator.streams(length)
         self.rows = recipe.train.rows
         self.tokens = self.rows * self.row.total
-        self.is_recomputed = recipe.train.checkpointing != "off"
+        self.is_fused = recipe.train.kernels == "fused"
+        self.is_mlp_recomputed = recipe.train.checkpointing == "mlp"
+        self.is_recomputed = recipe.train.checkpointing in ("non_reentrant", "reentrant")
+        self.is_quantised = recipe.model.quantise == "nf4"
         # A plan is for a GPU, where "auto" is bfloat16.
         self.compute_bytes = 4 if recipe.train.precision == "float32" else 2
         self.weight_bytes = 4 if recipe.model.dtype == "float32" else 2
@@ -148,8 +154,15 @@ class Estimate:
         def item(name: str, size: float, made_of: str) -> Item:
             return Item(name, size / GIB, made_of)
 
-        yield item("weights", self.weight_bytes * shape.parameters, f"{shape.parameters / 1e9:.3f} G in {kind}")
-        if self.weight_bytes > self.compute_bytes and not self.is_recomputed:
+        if self.is_quantised:
+            size = NF4_BYTES * shape.linear_parameters
+            size += self.weight_bytes * (shape.parameters - shape.linear_parameters)
+            yield item("weights", size, f"{shape.parameters / 1e9:.3f} G, linear layers in NF4, the rest in {kind}")
+            largest_weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
+            yield item("unpacked weight", self.compute_bytes * largest_weight, "the largest, for its product")
+        else:
+            yield item("weights", self.weight_bytes * shape.parameters, f"{shape.parameters / 1e9:.3f} G in {kind}")
+        if self.weight_bytes > self.compute_bytes and not (self.is_recomputed or self.is_fused or self.is_quantised):
             size = self.compute_bytes * shape.linear_parameters
             yield item("cast weights", size, "linear layers once more in bfloat16, kept for their input gradients")
         yield item("adapter", 4 * adapter, f"{adapter / 1e6:.2f} M in float32")
@@ -160,7 +173,10 @@ class Estimate:
             kept = float(self.residual_bytes * shape.hidden_size * self.tokens)
         what = f"{self.tokens:,} tokens x {shape.num_layers} layers x {kept / self.tokens / 1024:.1f} KiB"
         name, note = ("checkpoints", ", each layer's input") if self.is_recomputed else ("activations", "")
-        yield item(name, kept * shape.num_layers, what + note)
+        if self.recipe.train.offload:
+            yield item(name, 0.0, f"{what}: {kept * shape.num_layers / GIB:.1f} GiB of host memory")
+        else:
+            yield item(name, kept * shape.num_layers, what + note)
         yield item("terms", self._terms_bytes(), "what alignment and the sparse stream keep per layer")
         yield item("last hidden", self._last_bytes(), "final norm and its output")
         yield item("flex mask", self._mask_bytes(), f"tile lists of {self.row.exact.total // TILE} x itself")
@@ -172,8 +188,11 @@ class Estimate:
         """What autograd keeps of one decoder layer, sparse stream and alignment apart.
 
         Per token: float32 input of both norms; their output where adapters read it; q, k, v, attention output and
-        log-sum-exp; gate, silu, up and, where an adapter reads it, their product; the adapters' inner vectors.
+        log-sum-exp; gate, silu, up and, where an adapter reads it, their product; the adapters' inner vectors. Fused
+        layers keep the inputs of both norms as they are, q, k, v, attention output, gate, up and inner vectors.
         """
+        if self.is_fused:
+            return self._fused_bytes(gate_and_up=not self.is_mlp_recomputed)
         shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
         readers = [len(targets & group) for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})]
         if self.residual_bytes == size:  # a float32 residual is cast for every adapter on its own
@@ -182,7 +201,20 @@ class Estimate:
         attention = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_heads
         feed_forward = (3 + ("down_proj" in targets)) * size * shape.intermediate_size
         inner = size * self._rank * len(targets)
-        return float(self.tokens * (norms + attention + feed_forward + inner))
+        return float(self.tokens * (norms + attention + feed_forward + inner + self._head_norm_bytes))
+
+    @property
+    def _head_norm_bytes(self) -> int:
+        """Float32 queries and keys that norms of heads keep, per token."""
+        return 4 * (self.shape.query_size + self.shape.key_size) * self.shape.head_norms
+
+    def _fused_bytes(self, *, gate_and_up: bool) -> float:
+        shape, size, targets = self.shape, self.compute_bytes, set(self._targets) - {"down_proj"}
+        attention = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_heads
+        kept = 2 * self.residual_bytes * shape.hidden_size + attention + self._head_norm_bytes
+        kept += 2 * size * shape.intermediate_size * gate_and_up
+        kept += size * self._rank * len(targets if gate_and_up else targets - {"gate_proj", "up_proj"})
+        return float(self.tokens * kept)
 
     def _terms_bytes(self) -> float:
         """Kept by alignment and the sparse stream; with recompute only one layer's at a time."""
@@ -231,8 +263,10 @@ class Estimate:
                 yield "KL of a chunk", 20 * logits
             keys = self.row.length * SCORED_BLOCKS * self.row.block_size
             yield "sparse scoring", self.rows * shape.num_heads * keys * (8 + size)
-        # in the feed-forward: gradients by way of weight and adapter, and their sum; the residual's on either side
-        backward = self.tokens * (3 * size * shape.intermediate_size + 2 * self.residual_bytes * shape.hidden_size)
+        # in the feed-forward: gradients by way of weight and adapter, and their sum; the residual's on either side.
+        # Fused: gradients of product, gate and up, and the product itself; gate and up too where they are recomputed.
+        wide = (4 + 2 * self.is_mlp_recomputed) if self.is_fused else 3
+        backward = self.tokens * (wide * size * shape.intermediate_size + 2 * self.residual_bytes * shape.hidden_size)
         yield "backward of a layer", backward + (self.layer_bytes() if self.is_recomputed else 0.0)
 
     def _predictions(self) -> float:
@@ -279,9 +313,15 @@ class Estimate:
         passes = 6 if self.is_recomputed else 4
         adapter_passes = passes + 2  # their weights have gradients too
         linear: float = (passes * shape.linear_parameters + adapter_passes * self.adapter_parameters) * self.tokens
+        feed_forward = shape.num_layers * shape.hidden_size * shape.intermediate_size
+        if self.is_mlp_recomputed:
+            linear += 2 * 2 * feed_forward * self.tokens  # gate and up once more
+        elif self.is_fused and self.is_recomputed:
+            linear -= 2 * feed_forward * self.tokens  # all but down
         linear += self._head_flop(6)  # chunks of logits are always computed twice
         rate = GEMM_SHARE * peak
-        what = "forward, recompute, input gradient" if self.is_recomputed else "forward, input gradient"
+        recomputes = self.is_recomputed or self.is_mlp_recomputed
+        what = "forward, recompute, input gradient" if recomputes else "forward, input gradient"
         yield Item(
             "linear layers", steps * linear / rate, f"{steps * linear / 1e12:.0f} TFLOP ({what}) at {rate / 1e12:.0f}"
         )
@@ -290,13 +330,34 @@ class Estimate:
         seconds = forward / (FLEX_SHARE[0] * peak) + backward * 1.25 / (FLEX_SHARE[1] * peak)  # scores once more
         rates = " and ".join(f"{share * card.tflops:.0f}" for share in FLEX_SHARE)
         yield Item("attention", steps * seconds, f"{steps * (forward + backward) / 1e12:.0f} TFLOP at {rates}")
-        kept = self.layer_bytes() * shape.num_layers
-        moved = kept * TRAFFIC * (4 / 3 if self.is_recomputed else 1) + 40 * shape.vocab_size * self._predictions()
+        moved = self._fused_traffic() if self.is_fused else self.layer_bytes() * TRAFFIC
+        moved *= shape.num_layers * (4 / 3 if self.is_recomputed else 1)
+        if self.is_quantised:
+            linear_passes = 3 if recomputes else 2
+            moved += linear_passes * shape.linear_parameters * (NF4_BYTES + 2 * self.compute_bytes)
+        moved += 40 * shape.vocab_size * self._predictions()
         bandwidth = 0.8 * card.tb_per_s * 1e12
         yield Item(
             "memory traffic", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB at {bandwidth / 1e12:.1f} TB/s"
         )
         yield from self._term_time(rate, bandwidth)
+
+    def _fused_traffic(self) -> float:
+        """Bytes that one fused layer moves outside its products, forward and backward, with nothing recomputed.
+
+        Per token: norms read and write 14 times the hidden size, residual additions 12; SwiGLU 9 times its own size.
+        An adapter's products read the input three times and add to its gradient once; they add to the output once and
+        read the output's gradient twice. Further products that share an input add to its gradient. Rotary positions
+        and the layout of heads take 12 passes over queries and keys.
+        """
+        shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
+        hidden, wide = shape.hidden_size, shape.intermediate_size
+        groups = {("q_proj", "k_proj", "v_proj"): hidden, ("o_proj",): shape.query_size}
+        groups |= {("gate_proj", "up_proj"): hidden, ("down_proj",): wide}
+        inputs = sum(width for names, width in groups.items() if targets & set(names))
+        outputs = sum(shape.linears[name][1] for name in targets)
+        per_token = size * (9 * wide + 4 * inputs + 4 * outputs + 6 * hidden + 12 * (shape.query_size + shape.key_size))
+        return float(self.tokens * (per_token + 26 * self.residual_bytes * hidden))
 
     def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
         """Extra work of the auxiliary terms."""
