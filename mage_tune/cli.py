@@ -108,6 +108,9 @@ def plan(
     overrides: Set = None,
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, b200, a100, a100-40gb, l40s, rtx4090.")] = "h100",
     memory_gib: Annotated[float | None, typer.Option(help="Memory of the card, where it has another.", min=0.1)] = None,
+    try_it: Annotated[
+        bool, typer.Option("--probe", help="Also run the longest batch on this machine, on random weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -117,11 +120,13 @@ def plan(
     from mage_tune import plan as planning
     from mage_tune.recipe import load_recipe
 
-    found = planning.plan(load_recipe(find_recipe(recipe), overrides or ()), gpu, memory_gib)
+    loaded = load_recipe(find_recipe(recipe), overrides or ())
+    found = planning.plan(loaded, gpu, memory_gib)
+    probed = planning.probe(loaded) if try_it else None
     if as_json:
-        typer.echo(planning.as_json(found))
+        typer.echo(planning.as_json(found, probed))
     else:
-        planning.show(found, Console())
+        planning.show(found, Console(), probed)
 
 
 @app.command(name="eval")
@@ -352,6 +357,17 @@ def _numbers(text: str, option: str) -> list[int]:
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise ValueError(f"--{option} {text!r}: give whole numbers separated by commas")
     return [int(part) for part in text.split(",")]
+
+
+@app.command()
+def engine(
+    name: Annotated[str, typer.Argument(help="ddp, fsdp2, zero2 or zero3.")],
+    debug: Debug = False,
+) -> None:
+    """Print where an engine's config for several GPUs lies: accelerate launch --config_file $(mage-tune engine ddp)."""
+    from mage_tune.engines import config_file
+
+    typer.echo(config_file(name))
 
 
 @app.command()

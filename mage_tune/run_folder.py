@@ -167,9 +167,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if any(hasattr(weight, "ds_id") for weight in trained.values()):  # DeepSpeed ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(trained.values())):
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: weight.detach().cpu().clone() for name, weight in trained.items()}
     return {name: whole(weight.detach()) for name, weight in trained.items()}
 

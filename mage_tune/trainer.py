@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
@@ -25,9 +26,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from mage_tune.backbone import Backbone, attach_adapter, load_backbone, random_backbone
+from mage_tune.backbone import Backbone, attach_adapter, load_backbone, output_head, random_backbone
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator
 from mage_tune.data.mixture import build_mixture, preview
@@ -49,6 +50,8 @@ from mage_tune.run_folder import (
 )
 from mage_tune.stability import NonFiniteError, SpikeGuard, StopOnSignal, TrainingStopped, ignore_stop_signals
 from mage_tune.stream_loss import StreamLoss
+
+DEEPSPEED = DistributedType.DEEPSPEED
 
 LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
 """Times the median of the last steps at which a loss or a gradient norm is warned about; gradients vary more."""
@@ -237,6 +240,17 @@ class MageTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+class HoldHead(TrainerCallback):
+    """Under DeepSpeed ZeRO-3, leaves the output head whole: the loss runs it outside the model's own forward."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine has taken over the weights by now."""
+        for weight in output_head(kwargs["model"]).parameters():
+            if hasattr(weight, "ds_id"):
+                split: Any = weight
+                split.ds_persist = split.is_external_param = True
+
+
 def leave_casts_to_autocast(model: nn.Module) -> None:
     """Stop LoRA layers from casting their inputs to the adapter's float32; autocast picks the precision.
 
@@ -287,6 +301,7 @@ def train(recipe: Recipe) -> Path:
             console.print(f"going on from {checkpoint}", soft_wrap=True)
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
+    check_engine(trainer.accelerator.distributed_type, checkpoint)
     with StopOnSignal() as stop, ProgressReporter(console) as progress:
         trainer.add_callback(stop)
         trainer.add_callback(progress)
@@ -369,6 +384,26 @@ def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False,
             layer._gradient_checkpointing_func = offloaded_checkpoint
 
 
+def check_engine(engaged: DistributedType, checkpoint: str | None) -> None:
+    """Whether the engine that the launch asked for is at work, and wrote the checkpoint to go on from.
+
+    Raises:
+        ValueError: accelerate has taken another one (on CPUs it knows DDP alone), or the checkpoint is another's.
+    """
+    for variable, kind in (("ACCELERATE_USE_FSDP", DistributedType.FSDP), ("ACCELERATE_USE_DEEPSPEED", DEEPSPEED)):
+        if os.environ.get(variable, "").lower() == "true" and engaged != kind:
+            raise ValueError(f"the launch asks for {kind.value}, which accelerate runs on GPUs only; use ddp")
+    if checkpoint is None:
+        return
+    signs = {"optimizer.bin": DistributedType.FSDP, "latest": DEEPSPEED}
+    wrote = next((kind for file, kind in signs.items() if (Path(checkpoint) / file).exists()), None)
+    if wrote != (engaged if engaged in signs.values() else None):
+        raise ValueError(
+            f"{checkpoint}: written by {wrote.value if wrote else 'a single process or DDP'}, and this run is launched "
+            f"with {engaged.value}; go on with the engine it was begun with"
+        )
+
+
 def micro_steps_per_process(settings: Train) -> int:
     """Micro-steps of one optimizer step that each process does: a recipe trains the same on any number of them.
 
@@ -445,7 +480,7 @@ def build_trainer(
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl")],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead()],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -1,0 +1,173 @@
+"""Many processes: the same run on one and on two, whatever engine splits it, and one adapter in the end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from mage_tune.cli import main
+from mage_tune.engines import ENGINES, config_file
+from mage_tune.recipe import load_recipe
+from mage_tune.trainer import check_engine, micro_steps_per_process, train
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "debug.yaml"
+CHANGES = [
+    "data.length=64",
+    "objective.sparse_distillation.budget=16",
+    "train.rows=1",
+    "train.accumulation=2",
+    "train.steps=4",
+    "train.save_every=2",
+]
+TERMS = (
+    "loss",
+    "diffusion",
+    "query_alignment",
+    "attention_alignment",
+    "sparse_distillation",
+    "sparse_share",
+    "grad_norm",
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="processes of a CPU; .gpu runs them on GPUs"),
+]
+
+
+def launch(engine: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The documented command, with tests/engine_driver.py in place of mage_tune/train.py."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", str(config_file(engine)), "--num_processes", str(processes)),
+        *(str(ROOT / "tests" / "engine_driver.py"), "train", str(RECIPE), "--set", f"output={folder}"),
+    ]
+    for change in CHANGES:
+        command += ["--set", change]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Every logged step and the adapter, up to the order of sums."""
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4]
+    for ours, theirs in zip(lines(folder), lines(reference), strict=True):
+        for name in TERMS:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (name, ours["step"])
+    found, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, reference))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run on one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return train(load_recipe(RECIPE, [*CHANGES, f"output={folder}"]))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """The run on two processes with DDP."""
+    folder = tmp_path_factory.mktemp("together") / "run"
+    done = launch("ddp", 2, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapter written to") == 1
+    return folder
+
+
+def test_two_processes_are_the_same_run_as_one(alone, together):
+    assert_same_run(together, alone)
+    assert lines(together)[0]["tokens_per_s"] > 0
+    assert len(list((together / "checkpoints" / "checkpoint-2").glob("rng_state_*.pth"))) == 2
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone, together, tmp_path):
+    """Begun on two processes, finished on one."""
+    folder = tmp_path / "run"
+    shutil.copytree(together, folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    for file in folder.glob("adapter*"):
+        file.unlink()
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace(str(together), str(folder)))
+    train(load_recipe(RECIPE, [*CHANGES, f"output={folder}"]))
+    assert_same_run(folder, alone)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
+def test_an_engine_that_splits_the_model_is_the_same_run(engine, alone, tmp_path):
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    done = launch(engine, 2, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "run", alone)
+    written = {file.name for file in (tmp_path / "run" / "checkpoints" / "checkpoint-2").iterdir()}
+    assert ("optimizer.bin" if engine == "fsdp2" else "latest") in written  # the engine was really at work
+    assert "adapter_model.safetensors" in written
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_micro_steps_are_shared_out_or_the_run_refused(monkeypatch):
+    settings = load_recipe(RECIPE, ["train.accumulation=6"]).train
+    assert micro_steps_per_process(settings) == 6
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert micro_steps_per_process(settings) == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"train.accumulation: 6 micro-steps cannot be shared evenly by 4 processes; "):
+        micro_steps_per_process(settings)
+
+
+def test_an_engine_that_is_not_at_work_is_told(monkeypatch):
+    check_engine(DistributedType.MULTI_CPU, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_engine(DistributedType.FSDP, None)
+    with pytest.raises(ValueError, match=r"asks for FSDP, which accelerate runs on GPUs only; use ddp"):
+        check_engine(DistributedType.MULTI_CPU, None)
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
+    (tmp_path / "optimizer.pt").touch()
+    check_engine(DistributedType.NO, str(tmp_path))
+    check_engine(DistributedType.MULTI_GPU, str(tmp_path))
+    with pytest.raises(ValueError, match=r"written by a single process or DDP, and this run is launched with FSDP"):
+        check_engine(DistributedType.FSDP, str(tmp_path))
+    (tmp_path / "latest").touch()
+    check_engine(DistributedType.DEEPSPEED, str(tmp_path))
+    with pytest.raises(ValueError, match=r"written by DEEPSPEED, and this run is launched with MULTI_GPU"):
+        check_engine(DistributedType.MULTI_GPU, str(tmp_path))
+
+
+# --- the configs -----------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_chosen_by_name(capsys):
+    for name in ENGINES:
+        with pytest.raises(SystemExit) as done:
+            main(["engine", name])
+        assert done.value.code == 0
+        file = Path(capsys.readouterr().out.strip())
+        config = YAML(typ="safe").load(file)
+        assert config["compute_environment"] == "LOCAL_MACHINE"
+        assert "num_processes" not in config  # the launch says
+    with pytest.raises(SystemExit) as done:
+        main(["engine", "zero4"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err == "error: zero4: no such engine; known are ddp, fsdp2, zero2, zero3\n"
