@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import mage_tune.plan.trial as trial_module
+import mage_tune.stream_loss as stream_loss_module
 from mage_tune.backbone import attach_adapter, hidden_states, random_backbone
 from mage_tune.cli import app
 from mage_tune.families import get_family
 from mage_tune.fused import fuse
-from mage_tune.plan import USABLE, plan
+from mage_tune.plan import USABLE, plan, probe
 from mage_tune.plan.estimate import CARDS, Estimate
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe, load_recipe
@@ -307,3 +309,59 @@ def test_refusals(config_only):
     broken = Recipe.model_validate(make_recipe().model_dump() | {"model": model})
     with pytest.raises(ValueError, match="does not tell 'vocab_size'"):
         plan(broken)
+
+
+# --- tried ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_recipe(tmp_path) -> Path:
+    """The debug recipe with fused layers and two micro-steps."""
+    text = (
+        (ROOT / "recipes" / "debug.yaml").read_text().replace("rows: 2", "rows: 2\n  accumulation: 2\n  kernels: fused")
+    )
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_longest_batch_is_tried(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    batches = []
+    sums = stream_loss_module.StreamLoss.sums
+
+    def watched(self, model, batch):
+        batches.append(batch)
+        return sums(self, model, batch)
+
+    monkeypatch.setattr(stream_loss_module.StreamLoss, "sums", watched)
+    before = sorted(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["plan", str(small_recipe), "--probe", "--json"], catch_exceptions=False)
+    tried = json.loads(done.stdout)["probe"]
+    assert tried["fits"] and tried["step_s"] == pytest.approx(2 * tried["micro_step_s"]) and tried["micro_step_s"] > 0
+    assert len(batches) == 4  # one to warm up
+    for batch in batches:
+        assert batch["num_tokens"] == 2 * 192 and batch["streams"].length == 192
+        assert batch["streams"].sparse and batch["streams"].mask
+    assert sorted(tmp_path.iterdir()) == before
+    shown = CliRunner().invoke(app, ["plan", str(small_recipe), "--probe"], catch_exceptions=False).stdout
+    assert "random weights: the longest batch takes" in " ".join(shown.split())
+
+
+def test_a_batch_that_does_not_fit_says_so(small_recipe, monkeypatch):
+    def too_much(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(stream_loss_module.StreamLoss, "sums", too_much)
+    done = CliRunner().invoke(app, ["plan", str(small_recipe), "--probe"], catch_exceptions=False)
+    assert "the longest batch is out of memory" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_the_probed_model_has_the_size_of_the_planned_one(architecture, monkeypatch):
+    found = []
+    make = trial_module.random_backbone
+    monkeypatch.setattr(trial_module, "random_backbone", lambda *a, **k: found.append(make(*a, **k)) or found[-1])
+    recipe = make_recipe(model={"random_weights": LAYER | {"architecture": architecture, "num_layers": 1}})
+    probe(recipe, 1)
+    assert sum(p.numel() for n, p in found[0].model.named_parameters() if "lora" not in n) == plan(recipe).parameters

@@ -2,7 +2,8 @@
 
     mage-tune plan recipes/7b.yaml --gpu a100
 
-`shape` reads the config, `estimate` holds the model of memory and time with its residuals; here they come together.
+`shape` reads the config, `estimate` holds the model of memory and time with its residuals, `trial` tries them on a
+device; here they come together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from mage_tune.blocks import TILE
 from mage_tune.families import Family
 from mage_tune.plan.estimate import CARDS, Card, Estimate, Item
 from mage_tune.plan.shape import Shape, read_model
+from mage_tune.plan.trial import Probed, probe
 from mage_tune.recipe import Recipe
+
+__all__ = ["USABLE", "Plan", "Probed", "as_json", "longest_length", "plan", "probe", "show"]
 
 USABLE = 0.93
 """Share of a card's memory a plan may fill; the rest is for CUDA's context and fragmentation."""
@@ -118,13 +122,13 @@ def _advice(recipe: Recipe, shape: Shape, family: Family, card: Card, peak: floa
     return "lower train.rows (raise train.accumulation as much) or data.length"
 
 
-def as_json(found: Plan) -> str:
-    """The plan for machines."""
-    return json.dumps(asdict(found), indent=2)
+def as_json(found: Plan, probed: Probed | None = None) -> str:
+    """The plan for machines, and what was tried under "probe"."""
+    return json.dumps(asdict(found) | ({} if probed is None else {"probe": asdict(probed)}), indent=2)
 
 
-def show(found: Plan, console: Console) -> None:
-    """The plan for people: what it needs, and what every number is made of."""
+def show(found: Plan, console: Console, probed: Probed | None = None) -> None:
+    """The plan for people: what it needs, what every number is made of, and what was tried."""
     console.print(
         f"[bold]{found.recipe}[/] on one {found.card}: {found.parameters / 1e9:.2f} G parameters, adapter "
         f"{found.adapter_parameters / 1e6:.1f} M ({found.adapter_mib:.0f} MiB), streams {found.streams}",
@@ -140,8 +144,18 @@ def show(found: Plan, console: Console) -> None:
         f"{found.tokens_per_step / found.step_s:,.0f} tokens/s, model FLOP utilisation {found.utilisation:.0%}",
         f"{found.tokens / 1e6:.1f} M tokens in {found.hours:.2f} h",
     ]
+    if probed is not None:
+        lines.append(_tried(found, probed))
     for line in (*lines, *([found.advice] if found.advice else [])):
         console.print(line, highlight=False)
+
+
+def _tried(found: Plan, probed: Probed) -> str:
+    if probed.step_s is None:
+        return f"[red]tried[/] on {probed.device}, random weights: the longest batch is out of memory"
+    memory = "" if probed.peak_gib is None else f", {probed.peak_gib:.1f} GiB ({found.peak_gib:.1f} predicted)"
+    speed = f"{probed.step_s:.2f} s a step ({found.step_s:.2f} predicted for {found.card})"
+    return f"[green]tried[/] on {probed.device}, random weights: the longest batch takes {speed}{memory}"
 
 
 def _table(title: str, unit: str, items: list[Item], total: float) -> Table:
