@@ -22,6 +22,7 @@ from mage_kernels.add_norm import add_norm
 from mage_kernels.compact import compact
 from mage_kernels.confidence import confidence
 from mage_kernels.exact_attention import exact_attention
+from mage_kernels.few_rows import gate_up, linear, linear_parts
 from mage_kernels.fill_block import fill_block
 from mage_kernels.gather_attention import gather_attention
 from mage_kernels.key_scores import mean_logit, mean_probability, tile_mass
@@ -101,6 +102,11 @@ def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch
     add_norm(residual, residual.clone(), torch.ones(hidden, dtype=dtype), 1e-6, **given)
     add_norm(residual, None, torch.ones(hidden, dtype=dtype), 1e-6, **given)
     silu_mul(torch.zeros(tokens, 2 * 8960, dtype=dtype), **given)
+    linear(residual[:BLOCK], torch.zeros(4096, hidden, dtype=dtype), **given)
+    gate_up(residual[:BLOCK], torch.zeros(2 * 8960, hidden, dtype=dtype), **given)
+    for inputs in (hidden, 8960):
+        parts = linear_parts(torch.zeros(BLOCK, inputs, dtype=dtype), torch.zeros(hidden, inputs, dtype=dtype), **given)
+        add_norm(residual[:BLOCK], parts, torch.ones(hidden, dtype=dtype), 1e-6, **given)
     table = torch.zeros(CONTEXT, dim // 2)
     cache = torch.zeros(batch, kv_heads, CONTEXT, dim, dtype=dtype)
     position = torch.zeros(batch, dtype=torch.int64)

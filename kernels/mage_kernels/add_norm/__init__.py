@@ -16,7 +16,8 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
 
     Args:
         residual: (n, hidden), contiguous; changed in place.
-        delta: (n, hidden), contiguous; None to normalise the stream as it is.
+        delta: (n, hidden), or (parts, n, hidden) whose sum it is (`few_rows.linear_parts`), contiguous; None to
+            normalise the stream as it is.
         weight: (hidden,).
         eps: added to the mean square.
         impl: "auto", "triton" or "reference".
@@ -29,7 +30,9 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
         RuntimeError: "triton" was asked for and cannot run.
     """
     if delta is not None:
-        check_shape("add_norm", "delta", delta, tuple(residual.shape))
+        if delta.dim() == residual.dim():
+            delta = delta[None]
+        check_shape("add_norm", "delta", delta, (delta.shape[0], *residual.shape))
     check_shape("add_norm", "weight", weight, (residual.shape[-1],))
     tensors = [x for x in (residual, delta, weight) if x is not None]
     limit = None

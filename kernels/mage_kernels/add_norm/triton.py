@@ -17,8 +17,9 @@ def add_norm_kernel(
     weight_ptr,
     out_ptr,
     eps,
+    num_rows,
     HIDDEN: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns one row: adds, writes the sum back, normalises it."""
@@ -27,9 +28,12 @@ def add_norm_kernel(
     m_col = o_col < HIDDEN
     o_row = i_row * HIDDEN + o_col
     b_sum = tl.load(residual_ptr + o_row, mask=m_col, other=0.0)  # [BLOCK]
-    if HAS_DELTA:
-        # Rounded to the stream's precision before it is normalised, as the unfused code does.
-        b_delta = tl.load(delta_ptr + o_row, mask=m_col, other=0.0)
+    if PARTS > 0:
+        # Rounded to the stream's precision where the unfused code does: the delta, and its sum with the stream.
+        b_delta = tl.zeros([BLOCK], tl.float32)
+        for i_part in tl.static_range(PARTS):
+            b_delta += tl.load(delta_ptr + i_part * num_rows * HIDDEN + o_row, mask=m_col, other=0.0).to(tl.float32)
+        b_delta = b_delta.to(residual_ptr.dtype.element_ty)
         b_sum = (b_sum.to(tl.float32) + b_delta.to(tl.float32)).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + o_row, b_sum, mask=m_col)
     b_wide = b_sum.to(tl.float32)
@@ -50,8 +54,9 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
         weight,
         out,
         eps,
+        rows,
         HIDDEN=hidden,
-        HAS_DELTA=delta is not None,
+        PARTS=0 if delta is None else delta.shape[0],
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )

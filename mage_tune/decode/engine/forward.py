@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mage_kernels.add_norm import add_norm
+from mage_kernels.few_rows import MOST_ROWS, gate_up, linear, linear_parts
 from mage_kernels.silu_mul import silu_mul
 from mage_tune.decode.engine.weights import Weights
 
@@ -39,10 +40,25 @@ class Body:
         for number, layer in enumerate(weights.layers):
             normed = add_norm(stream, delta, layer.attention_norm, eps, impl=impl)
             heads = attend(number, F.linear(normed, layer.qkv, layer.qkv_bias))
-            normed = add_norm(stream, F.linear(heads, layer.out), layer.mlp_norm, eps, impl=impl)
-            delta = F.linear(silu_mul(F.linear(normed, layer.gate_up), impl=impl), layer.down)
+            normed = add_norm(stream, self._sum_to_be(heads, layer.out), layer.mlp_norm, eps, impl=impl)
+            delta = self._sum_to_be(self._gated(normed, layer.gate_up), layer.down)
         return add_norm(stream, delta, weights.final_norm, eps, impl=impl)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab), of the weights' dtype."""
+        if self._are_few(hidden, self.weights.head):
+            return linear(hidden, self.weights.head, impl=self.impl)
         return F.linear(hidden, self.weights.head)
+
+    def _sum_to_be(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T, in parts where that is faster; `add_norm` takes both."""
+        return linear_parts(x, weight, impl=self.impl) if self._are_few(x, weight) else F.linear(x, weight)
+
+    def _gated(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._are_few(x, weight):
+            return gate_up(x, weight, impl=self.impl)
+        return silu_mul(F.linear(x, weight), impl=self.impl)
+
+    def _are_few(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the weights' reading is all that counts; shapes that the kernel does not take go to cuBLAS."""
+        return x.shape[0] <= MOST_ROWS and x.shape[1] % 64 == 0 and weight.shape[0] % 64 == 0
