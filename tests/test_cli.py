@@ -182,7 +182,21 @@ def test_eval(call, fake) -> None:
     seen: dict[str, Any] = {}
     fake("mage_tune.evals.run", evaluate=lambda target, **options: seen.update(options, target=target) or {})
     assert call("eval", "some/model", "--adapter", "a", "--set", "questions=2")[0] == 0
-    assert seen == {"target": "some/model", "adapter": "a", "overrides": ["questions=2"]}
+    assert seen == {"target": "some/model", "adapter": "a", "overrides": ["questions=2"], "suite": None}
+    assert call("eval", "some/model", "--suite", "quick")[0] == 0
+    assert seen["suite"] == "quick"
+    code, _, err = call("eval")
+    assert (code, err.count("\n")) == (2, 1) and "name a run folder or model" in err
+
+
+def test_suites_are_listed_and_printed(call) -> None:
+    code, out, _ = call("eval", "--list-suites")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["quick", "standard", "full"]
+    assert call("eval", "--print-suite", "quick")[1].startswith("# A few minutes")
+    code, _, err = call("eval", "--print-suite", "quik")
+    assert code == 2 and "did you mean 'quick'" in err
+    code, _, err = call("eval", "--compare", "nowhere", "elsewhere")
+    assert code == 2 and "nowhere: no results there" in err
 
 
 def test_merge(call, fake, tmp_path: Path) -> None:

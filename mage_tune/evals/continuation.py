@@ -10,7 +10,7 @@ Copying is what a sparse step loses first: every token written needs its own key
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -73,7 +73,9 @@ class ContinuationTask(WindowTask):
         self.title = "Copying a passage seen before" if what == "copy" else "Going on with plain text"
         self.headline = "copied" if what == "copy" else "forwards"
         copied = Measure("tokens copied", True, "share of the passage's tokens written in their places", "passages")
-        self.measures: Mapping[str, Measure] = ({"copied": copied} if what == "copy" else {}) | {"forwards": FORWARDS}
+        self.measures: Mapping[str, Measure] = ({"copied": copied} if what == "copy" else {}) | {
+            "forwards": replace(FORWARDS, unit="passages")
+        }
         self.prompts: list[CopyPrompt] = []
         self.reader = Reader()
 

@@ -183,6 +183,9 @@ RIGHT = Measure("right answers", True, "share of questions whose answer has ever
 FOUND = Measure("values found", True, "share of the values asked for that are in the answer", "questions")
 
 
+FORWARDS_ASKED = replace(FORWARDS, unit="questions")
+
+
 class NeedleTask(Task):
     """Questions of one kind over a grid of context lengths and depths.
 
@@ -199,7 +202,7 @@ class NeedleTask(Task):
 
     headline = "found"
     kind: ClassVar[str] = "needles"
-    measures: Mapping[str, Measure] = {"right": RIGHT, "found": FOUND, "forwards": FORWARDS}
+    measures: Mapping[str, Measure] = {"right": RIGHT, "found": FOUND, "forwards": FORWARDS_ASKED}
 
     def __init__(
         self,
@@ -295,7 +298,7 @@ class RecipeNeedles(Task):
         self.name, self.title, self.asked = name, f"Needles: {name}", TASKS[name]
         self.context, self.needles, self.samples, self.defaults = context, needles, questions, defaults
         self.filler = filler
-        self.measures = {"right": RIGHT, "forwards": FORWARDS} | ({"found": FOUND} if self.asked > 1 else {})
+        self.measures = {"right": RIGHT, "forwards": FORWARDS_ASKED} | ({"found": FOUND} if self.asked > 1 else {})
         self.settings = {
             "asked": self.asked,
             "context": context,

@@ -112,7 +112,7 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
                 f"recall_by_layer{suffix}",
                 f"Recall, layer by layer{words}",
                 "Share of a later step's own top-k keys that the all-[MASK] step had chosen. "
-                f"The first {dense} layers stay exact and are left out.",
+                f"{dense_words(dense)} left out.",
                 partial(recall_by_layer, result, task),
             ),
         ]
@@ -140,11 +140,12 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
     scored += [task for task, facts in result["tasks"].items() if facts["kind"] not in KINDS_SCORED | KINDS_PROBED]
     if scored:
         is_needles = all(result["tasks"][task]["kind"] == "needles" for task in scored)
+        is_recipe = result["suite"] is None
         plots.append(
             make_plot(
                 "needles" if is_needles else "scores",
                 "Needles in a haystack" if is_needles else "Tasks",
-                ("Share of questions answered right" if is_needles else "Score of every task")
+                ("Share of questions answered right" if is_recipe else "Score of every task (needles: values found)")
                 + ", and denoising forward passes per block, with exact and with sparse attention. Bars: 95 % "
                 "intervals.",
                 partial(score_bars, result, scored),
@@ -172,6 +173,11 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
             )
         )
     return plots
+
+
+def dense_words(count: int) -> str:
+    """ "The first 2 layers stay exact and are"."""
+    return "The first layer stays exact and is" if count == 1 else f"The first {count} layers stay exact and are"
 
 
 KINDS_PROBED = frozenset({"text", "layers", "rules"})

@@ -49,6 +49,22 @@ NEEDLES = {
 }
 """Needle tasks: metric -> how a sentence calls it."""
 
+OTHERS = {
+    "rules": {
+        "ce": "Cross-entropy of held-out text under {shown}",
+        "recall": "Recall of held-out text under {shown}",
+    },
+    "layers": {
+        "foresight_cost": "What it costs to choose keys at the all-[MASK] step rather than at each step (in nats)",
+        "sum_of_layers": "What single layers win by choosing at each step, summed (in nats)",
+    },
+    "continuation": {
+        "copied": "The share of a passage's tokens copied in their places ({shown})",
+        "forwards": "The number of forwards per block in {task} ({shown})",
+    },
+}
+"""Other tasks of our own: kind -> metric -> how a sentence calls it."""
+
 GROUPS = {
     "text": "Held-out text",
     "rules": "Held-out text, rule by rule",
@@ -198,8 +214,8 @@ def subject(info: dict[str, Any]) -> str:
         return SUBJECTS[name].format(k=budget)
     if info["kind"] == "needles" and name in NEEDLES:
         return NEEDLES[name].format(task=short_name(info), shown=info["shown"])
-    if info["kind"] == "layers":
-        return f"{info['label'].capitalize()} ({info['task']})"
+    if info["kind"] in OTHERS and name in OTHERS[info["kind"]]:
+        return OTHERS[info["kind"]][name].format(task=info["task"], shown=info["shown"])
     return f"{group_title(info)}, {short_name(info)}: {info['label']} ({info['shown']})"
 
 

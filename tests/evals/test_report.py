@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mage_tune.evals import report
-from mage_tune.evals.plots import LIGHT, png, training_curves
+from mage_tune.evals.plots import LIGHT, depth_bins, found_by_depth, png, training_curves
 from mage_tune.evals.report import (
     headline,
     html,
@@ -206,3 +206,59 @@ def test_samples_show_first_where_the_arms_differ(make_result):
     assert (multi[0].answers["base"]["is_right"], multi[0].answers["adapter"]["is_right"]) == (False, True)
     alone = [sample for sample in samples(make_result(("base",))) if sample.task == "multi"]
     assert [sample.number for sample in alone] == [1, 2, 3, 4, 5, 6]
+
+
+# Suites
+
+
+@pytest.mark.parametrize("arms", ARMS)
+def test_a_suite_of_every_kind_makes_a_whole_page(make_suite_result, arms, tmp_path):
+    result = json.loads(json.dumps(make_suite_result(arms)))
+    write_report(result, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    words = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert "http" not in words and "<script" not in words
+    titles = ["Held-out text", "Layers: cost of foresight", "Held-out text, rule by rule: CE", "Needles: right answers"]
+    assert [title for title in titles if f"<h3>{title}</h3>" in words] == titles
+    assert {p.stem for p in tmp_path.glob("*[!k].png")} == {
+        "ce_gap", "recall_by_layer", "layers", "rules", "needles", "needles_multi_query",
+    }  # fmt: skip
+    for found in rows_by_key(result).values():
+        assert found.label in words
+        assert all(f"{estimate.mean:z.3f}" in words for estimate in found.arms.values())
+    assert words.index("<table") < words.index("Sparse against exact") < words.index("<figure")
+    assert words.index("<figure") < words.index("<pre>") < words.index("<h2>Time</h2>") < words.index("Settings and")
+    assert "50 % of its steps were sparse" in words
+    assert ("won / tied / lost" in words) and ("6 / 2 / 0" in words) == (len(arms) == 2)  # of eight questions
+
+
+def test_sparse_costs_are_paired_with_exact_attention(make_suite_result):
+    result = make_suite_result()
+    costs = {(cost.side, cost.label): cost for cost in report.sparse_costs(result)}
+    cost = costs["base", "needles_multi_query: right answers, mage k=16"]
+    assert (cost.exact, cost.sparse) == (1.0, 0.25)
+    assert (cost.change.wins, cost.change.ties, cost.change.losses) == (0, 2, 6)
+    key = "rules.ce@quest 16"
+    difference = np.mean(np.array(result["values"]["base"][key]) - result["values"]["base"]["rules.ce@exact"])
+    assert costs["base", "rules: CE, quest k=16"].change.mean == pytest.approx(difference)
+    assert not any("forwards" in label for _, label in costs)
+
+
+def test_heatmaps_count_values_where_they_stand():
+    bins = depth_bins([0.1, 0.5, 0.9])
+    assert bins.tolist() == pytest.approx([0.0, 0.3, 0.7, 1.0])
+    records = [
+        {"facts": {"length": 256, "depths": [0.1, 0.6], "found": [True, False]}},
+        {"facts": {"length": 256, "depths": [0.2, 1.0], "found": [False, True]}},
+        {"facts": {"length": 512, "depths": [0.9], "found": [True]}},
+    ]
+    share = found_by_depth(records, [256, 512], bins)
+    np.testing.assert_array_equal(share, [[0.5, np.nan], [0.0, np.nan], [1.0, 1.0]])
+
+
+def test_results_of_an_older_version_are_refused(make_result):
+    result = make_result()
+    del result["metrics"]
+    for read in (headline, sections):
+        with pytest.raises(ValueError, match="older mage_tune; run mage-tune eval again"):
+            read(result)
