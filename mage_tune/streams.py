@@ -24,6 +24,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from mage_tune.blocks import StreamLayout
 from mage_tune.selection import choose_keys, gather_keys, packed_rows, unpacked_rows
 
+MOST_SHAPES = 128
+"""Shapes that FlexAttention may be compiled for in one process."""
+
 
 @dataclass(frozen=True)
 class RowStreams:
@@ -250,6 +253,12 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, layout: StreamLay
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled anew for every shape; rows are bucketed so that these are few.
+
+    Past torch's limit it would silently run uncompiled, with all scores in memory. A run has a shape for each bucket
+    of lengths, each layout (row, teacher's row, dense layers) and each grad mode: more than torch's eight.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mage_tune.backbone import Backbone, attach_adapter, load_backbone, output_head, random_backbone
-from mage_tune.blocks import TILE
-from mage_tune.data.collate import Collator
+from mage_tune.data.collate import Collator, length_bucket
 from mage_tune.data.mixture import build_mixture, preview
 from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
 from mage_tune.progress import ProgressReporter
@@ -301,7 +301,7 @@ def train(recipe: Recipe) -> Path:
             console.print(f"going on from {checkpoint}", soft_wrap=True)
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
-    check_engine(trainer.accelerator.distributed_type, checkpoint)
+    check_engine(trainer.accelerator.distributed_type, arguments.world_size, checkpoint)
     with StopOnSignal() as stop, ProgressReporter(console) as progress:
         trainer.add_callback(stop)
         trainer.add_callback(progress)
@@ -358,7 +358,7 @@ def build_adapter(backbone: Backbone, recipe: Recipe) -> PeftModel:
     """The recipe's adapter on the backbone, from the recipe's seed, with its kernels and checkpointing.
 
     Raises:
-        ValueError: fused kernels do not know the model or the adapter.
+        ValueError: fused kernels do not know the model, the adapter or the engine.
     """
     settings = recipe.train
     if settings.kernels == "plain" and settings.checkpointing != "off":
@@ -369,6 +369,11 @@ def build_adapter(backbone: Backbone, recipe: Recipe) -> PeftModel:
         torch.manual_seed(recipe.seed)
         model = attach_adapter(backbone, **recipe.adapter.model_dump())
     if settings.kernels == "fused":
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "train.kernels: fused layers read weights that ZeRO-3 keeps spread over the processes; write plain, or "
+                "launch with fsdp2"
+            )
         fuse(model, RECOMPUTED[settings.checkpointing], offload=settings.offload)
     return model
 
@@ -384,8 +389,8 @@ def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False,
             layer._gradient_checkpointing_func = offloaded_checkpoint
 
 
-def check_engine(engaged: DistributedType, checkpoint: str | None) -> None:
-    """Whether the engine that the launch asked for is at work, and wrote the checkpoint to go on from.
+def check_engine(engaged: DistributedType, processes: int, checkpoint: str | None) -> None:
+    """Whether the engine that the launch asked for is at work, and can go on from the checkpoint.
 
     Raises:
         ValueError: accelerate has taken another one (on CPUs it knows DDP alone), or the checkpoint is another's.
@@ -401,6 +406,11 @@ def check_engine(engaged: DistributedType, checkpoint: str | None) -> None:
         raise ValueError(
             f"{checkpoint}: written by {wrote.value if wrote else 'a single process or DDP'}, and this run is launched "
             f"with {engaged.value}; go on with the engine it was begun with"
+        )
+    writers = len(list(Path(checkpoint).glob("rng_state_*.pth")))
+    if wrote == DEEPSPEED and writers != processes:
+        raise ValueError(
+            f"{checkpoint}: written by {writers} processes, and DeepSpeed goes on with as many only, not {processes}"
         )
 
 
@@ -466,7 +476,7 @@ def build_trainer(
     collator = Collator(
         backbone.family,
         recipe.seed,
-        length_multiple=TILE if arguments.device.type == "cuda" else 1,
+        length_multiple=length_bucket(recipe.data.length) if arguments.device.type == "cuda" else 1,
         **loss.collator_needs(),
     )
     if arguments.bf16:

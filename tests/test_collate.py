@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mage_tune.blocks import all_mask_positions, draw_mask, noise_generator, round_up
-from mage_tune.data.collate import NOISE_DRAW, Collator
+from mage_tune.blocks import TILE, all_mask_positions, draw_mask, noise_generator, round_up
+from mage_tune.data.collate import NOISE_DRAW, Collator, length_bucket
 from mage_tune.data.example import Example
 from mage_tune.families import CONVERTED, FAST_DLLM_V2, SDAR, Family
 
@@ -314,3 +314,11 @@ def test_the_teacher_predicts_the_same_tokens_in_a_noisy_and_clean_row(family):
     batch = Collator(family, 0, mask_stream=True, sparse_stream=True)([example([1] * 24), example([1] * 24, row=1)])
     for p, flat in zip(predictions(batch, family, "sparse"), batch["teacher_from"].tolist(), strict=True):
         assert flat == p.row * 2 * 24 + p.source
+
+
+@pytest.mark.parametrize(("longest", "lengths"), [(2048, 8), (4096, 8), (200, 2), (1000, 8), (65536, 8)])
+def test_rows_of_many_lengths_have_at_most_eight_on_a_gpu(longest, lengths):
+    bucket = length_bucket(longest)
+    assert bucket % TILE == 0
+    found = {-(-length // bucket) * bucket for length in range(1, longest + 1)}
+    assert len(found) <= lengths and longest <= max(found) < longest + bucket

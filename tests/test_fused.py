@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import mage_tune.fused as fused
+import mage_tune.trainer as trainer_module
 from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
 from mage_tune.fused import fuse, rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
+from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import RowStreams, StreamAttention
 from mage_tune.trainer import enable_checkpointing
 
+ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVE = Objective.model_validate(
     {
         "diffusion": {"weight": 1.0},
@@ -226,3 +231,24 @@ def test_adapters_of_other_arithmetic_are_refused(tiny_backbone, tiny_adapter, a
     model = tiny_adapter(tiny_backbone("converted"), **adapter)
     with pytest.raises(ValueError, match="fused has neither DoRA nor dropout"):
         fuse(model)
+
+
+def test_zero3_is_refused(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", ["train.kernels=fused"])
+    with pytest.raises(ValueError, match="ZeRO-3 keeps spread over the processes; write plain, or launch with fsdp2"):
+        trainer_module.build_adapter(tiny_backbone("converted"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.checkpointing=mlp"], "plain, but checkpointing 'mlp' is a choice of fused layers"),
+        (["train.kernels=fused", "train.checkpointing=reentrant"], "fused layers are not recomputed that way"),
+        (["train.offload=true"], "only recomputed layers have inputs to hold"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(changes, message):
+    off = [f"objective.{name}.weight=0" for name in ("query_alignment", "attention_alignment", "sparse_distillation")]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(ROOT / "recipes" / "debug.yaml", [*off, *changes])

@@ -13,13 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from mage_tune.blocks import all_mask_positions, draw_mask, maskable_positions, noise_generator, num_blocks, round_up
+from mage_tune.blocks import (
+    TILE,
+    all_mask_positions,
+    draw_mask,
+    maskable_positions,
+    noise_generator,
+    num_blocks,
+    round_up,
+)
 from mage_tune.data.example import Example
 from mage_tune.families import Family
 from mage_tune.streams import RowStreams
 
+LENGTHS = 8
+"""Different lengths of rows on a GPU, at most."""
+
 NOISE_DRAW, BLOCK_DRAW, STUDENT_DRAW = 0, 1, 2
 """Numbers of the independent random draws of a row: its noise, and the blocks of attention alignment and student."""
+
+
+def length_bucket(length: int) -> int:
+    """What rows are padded to a multiple of, so that data of many lengths has at most eight on a GPU.
+
+    FlexAttention tiles, and is compiled once for every length.
+    """
+    return round_up(math.ceil(length / LENGTHS), TILE)
 
 
 @dataclass(frozen=True)
