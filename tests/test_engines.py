@@ -136,23 +136,27 @@ def test_micro_steps_are_shared_out_or_the_run_refused(monkeypatch):
 
 
 def test_an_engine_that_is_not_at_work_is_told(monkeypatch):
-    check_engine(DistributedType.MULTI_CPU, None)
+    check_engine(DistributedType.MULTI_CPU, 2, None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_engine(DistributedType.FSDP, None)
+    check_engine(DistributedType.FSDP, 2, None)
     with pytest.raises(ValueError, match=r"asks for FSDP, which accelerate runs on GPUs only; use ddp"):
-        check_engine(DistributedType.MULTI_CPU, None)
+        check_engine(DistributedType.MULTI_CPU, 2, None)
 
 
 def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
     (tmp_path / "optimizer.pt").touch()
-    check_engine(DistributedType.NO, str(tmp_path))
-    check_engine(DistributedType.MULTI_GPU, str(tmp_path))
+    check_engine(DistributedType.NO, 1, str(tmp_path))
+    check_engine(DistributedType.MULTI_GPU, 2, str(tmp_path))
     with pytest.raises(ValueError, match=r"written by a single process or DDP, and this run is launched with FSDP"):
-        check_engine(DistributedType.FSDP, str(tmp_path))
+        check_engine(DistributedType.FSDP, 2, str(tmp_path))
     (tmp_path / "latest").touch()
-    check_engine(DistributedType.DEEPSPEED, str(tmp_path))
+    for rank in range(4):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    check_engine(DistributedType.DEEPSPEED, 4, str(tmp_path))
+    with pytest.raises(ValueError, match=r"by 4 processes, and DeepSpeed goes on with as many only, not 2"):
+        check_engine(DistributedType.DEEPSPEED, 2, str(tmp_path))
     with pytest.raises(ValueError, match=r"written by DEEPSPEED, and this run is launched with MULTI_GPU"):
-        check_engine(DistributedType.MULTI_GPU, str(tmp_path))
+        check_engine(DistributedType.MULTI_GPU, 2, str(tmp_path))
 
 
 # --- the configs -----------------------------------------------------------------------------------------------------
