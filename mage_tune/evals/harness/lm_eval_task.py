@@ -218,7 +218,11 @@ def record(name: str, sample: Mapping[str, Any], requests: list[Any], harness: H
     output = sample["filtered_resps"][0]
     facts: dict[str, Any] = {"expected": shortened(str(sample["target"]))}
     if answer is not None:
-        facts |= {"prompt_tokens": answer.prompt_tokens, "finish": answer.row.finish}
+        facts |= {
+            "prompt_tokens": answer.prompt_tokens,
+            "finish": answer.row.finish,
+            "sparse_share": answer.sparse_share,
+        }
     return SampleRecord(
         f"{name} {sample['doc_id']}",
         shortened(output if isinstance(output, str) else json.dumps(sample["filtered_resps"], default=str)),

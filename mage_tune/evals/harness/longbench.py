@@ -25,7 +25,7 @@ import huggingface_hub
 from lm_eval.tasks.longbench._generate_config import dataset2maxlen, dataset2prompt  # LongBench's own tables
 
 from mage_tune.evals.harness import longbench_metrics
-from mage_tune.evals.harness.model import HarnessLM
+from mage_tune.evals.harness.model import Answer, HarnessLM
 from mage_tune.evals.harness.options import LongBenchOptions
 from mage_tune.evals.tasks import (
     FORWARDS,
@@ -156,12 +156,15 @@ class LongBenchTask(Task):
             for i, row in zip(batch, out.rows, strict=True):
                 question, text = self.questions[i], row.text or ""
                 scores[i] = longbench_metrics.score(self.dataset, text, question.answers, question.classes)
-                forwards[i] = (row.forwards["exact"] + row.forwards["sparse"]) / max(1, row.blocks)
+                answer = Answer(row, len(question.prompt), seconds)
+                forwards[i] = answer.forwards_per_block
                 facts = {
-                    "expected": [shortened(answer) for answer in question.answers],
+                    "expected": [shortened(truth) for truth in question.answers],
                     "score": scores[i],
-                    "prompt_tokens": len(question.prompt),
+                    "prompt_tokens": answer.prompt_tokens,
                     "cut_tokens": question.cut,
+                    "finish": row.finish,
+                    "sparse_share": answer.sparse_share,
                 }
                 records[i] = SampleRecord(question.id, shortened(text), forwards[i], seconds, facts)
                 advance()

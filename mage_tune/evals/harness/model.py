@@ -47,6 +47,12 @@ class Answer:
         """Denoising forwards (exact and sparse) per block written."""
         return (self.row.forwards["exact"] + self.row.forwards["sparse"]) / max(1, self.row.blocks)
 
+    @property
+    def sparse_share(self) -> float:
+        """Share of the denoising forwards that were sparse."""
+        forwards = self.row.forwards
+        return forwards["sparse"] / max(1, forwards["exact"] + forwards["sparse"])
+
 
 @register_model("mage_tune")
 class HarnessLM(TemplateLM):
@@ -255,7 +261,7 @@ class HarnessLM(TemplateLM):
         return ContinuationScorer(self.lm, rule, capacity)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of at most `max_length` tokens with no context shared."""
+        """Log-likelihood of whole texts, in lm-eval's windows of `max_length` tokens: each token is scored once."""
         totals = []
         for request in requests:
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)

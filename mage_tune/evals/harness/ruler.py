@@ -44,9 +44,6 @@ SHORTEST = 1024
 """Below it some tasks have no room for their worked example."""
 PROBE = "The 7 quick brown foxes: naïve façade, 北京, don't!\n\tdef f(x):\n    return x ** 2  # 12345"
 """Text whose encoding, with the vocabulary, tells tokenizers apart whatever the library that holds them."""
-TRACKED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""The sentence that fills variable tracking's text."""
-
 NIAH: dict[str, tuple[str, str, str, dict[str, int]]] = {
     "niah_single_1": ("repeat", "words", "numbers", {}),
     "niah_single_2": ("essay", "words", "numbers", {}),
@@ -90,8 +87,12 @@ class RulerTask(LmEvalTask):
             raise ValueError(f"{self.name}: {self.length} tokens exceed the model's context of {longest}")
         samples = ruler_samples(self.spec, self.length, self.limit, self.seed, lm.tokenizer, self.cache)
         file = Path(lm_eval.tasks.__file__).parent / "ruler" / f"{self.spec.removeprefix('ruler_')}.yaml"
-        config = load_yaml(file) | {
+        # Functions stay names: resolving them would import the generators, which takes seconds and asks for downloads.
+        config = load_yaml(file, resolve_func=False)
+        score = str(config["process_results"]).rpartition(".")[2]
+        config |= {
             "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(samples)},
+            "process_results": getattr(import_module("lm_eval.tasks.ruler.common_utils"), score),
             "metric_list": [{"metric": str(self.length), "aggregation": "mean", "higher_is_better": True}],
         }
         for key in ("tag", "group"):
@@ -192,8 +193,7 @@ def generator(task: str, tokenizer: Any) -> tuple[Callable[[int, int], list[dict
     name = "qa" if task in QUESTIONS else task.removeprefix("ruler_")
     module = import_module(f"lm_eval.tasks.ruler.{name}_utils")
     if task == "ruler_cwe":
-        module.RNG.seed(0)  # the module's own generator goes on from call to call
-        return lambda length, count: module.sys_word_pair_random(count, length, tokenizer=tokenizer), [module]
+        return partial(make_common_words, module, tokenizer), [module]
     if task == "ruler_fwe":
         return lambda length, count: module.sys_kwext(tokenizer, length, num_samples=count), [module]
     if task == "ruler_vt":
@@ -219,15 +219,31 @@ def make_niah(prepare: Any, task: str, tokenizer: Any, length: int, count: int) 
     )
 
 
-def make_tracking(module: Any, tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
-    """Variable tracking, with the one worked example that RULER shows.
+def make_common_words(module: Any, tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
+    """The most common words of a list."""
+    module.RNG.seed(0)  # the module's own generator goes on from call to call
+    _, smallest, _ = module.generate_input_output(10, length)
+    check_room("ruler_cwe", tokenizer, smallest, length - 200)
+    return module.sys_word_pair_random(count, length, tokenizer=tokenizer)
+
+
+def check_room(what: str, tokenizer: Any, text: str, room: int) -> None:
+    """Make sure that the smallest sample fits: lm-eval's generators would try for ever.
 
     Raises:
-        ValueError: the example has no room in its 500 tokens, where lm-eval's generator would try for ever.
+        ValueError: it does not.
     """
-    finest = len(tokenizer(TRACKED)["input_ids"])
-    if finest > 60:
-        raise ValueError(f"ruler_vt: a tokenizer that makes {finest} tokens of {len(TRACKED)} characters is too fine")
+    tokens = len(tokenizer(text)["input_ids"])
+    if tokens > room:
+        raise ValueError(f"{what}: the smallest sample has {tokens} tokens by this tokenizer, and room is for {room}")
+
+
+def make_tracking(module: Any, tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
+    """Variable tracking, with the one worked example that RULER shows, which has 500 tokens at most."""
+    smallest, _ = module.generate_input_output(5, 1, 4, is_icl=True)
+    check_room("ruler_vt's worked example", tokenizer, smallest, 470)
+    text, _ = module.generate_input_output(10, 1, 4)
+    check_room("ruler_vt", tokenizer, smallest + text, length - 60)
     example = module.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
     return module.sys_vartrack_w_noise_random(tokenizer, count, length, icl_example=example)
 
