@@ -27,6 +27,8 @@ Verdict = Literal["better", "worse", "unclear", "too few"]
 
 FEWEST_UNITS = 6
 """Below this a difference is never called clear: five windows that agree are still chance one time in sixteen."""
+HARDLY_SPARSE = 0.1
+"""Share of sparse steps below which a sparse arm compares next to nothing."""
 SAMPLES = 6
 """Sample answers shown per needle task."""
 
@@ -275,7 +277,19 @@ def summary(result: Result) -> list[tuple[Verdict | None, str]]:
             if info["reading"] == shown and (info["is_headline"] or info["is_cost"]) and key != headline_key(result)
         ]
     rows = [make_row(result, key) for key in wanted]
-    return [(row.verdict, sentence(row)) for row in rows]
+    return [(row.verdict, sentence(row)) for row in rows] + [(None, words) for words in hardly_sparse(result)]
+
+
+def hardly_sparse(result: Result) -> Iterator[str]:
+    """Warnings about sparse arms that were exact nearly all the time: their equal scores say nothing."""
+    for task, facts in result["tasks"].items():
+        shares = {r: share for r, share in facts["sparse_share"].items() if r != "exact" and share < HARDLY_SPARSE}
+        if shares:
+            told = ", ".join(f"{100 * share:.0f} % under {reading}" for reading, share in shares.items())
+            yield (
+                f"Hardly any step of {task} was sparse ({told}): blocks were finished at once, so exact and sparse "
+                "attention are not told apart there."
+            )
 
 
 def headline_key(result: Result) -> str | None:

@@ -262,3 +262,11 @@ def test_results_of_an_older_version_are_refused(make_result):
     for read in (headline, sections):
         with pytest.raises(ValueError, match="older mage_tune; run mage-tune eval again"):
             read(result)
+
+
+def test_a_sparse_arm_that_never_was_sparse_is_told(make_suite_result):
+    result = make_suite_result()
+    assert not any("Hardly any step" in words for _, words in summary(result))
+    result["tasks"]["needles_multi_query"]["sparse_share"]["quest 16"] = 0.02
+    (told,) = [words for _, words in summary(result) if "Hardly any step" in words]
+    assert told.startswith("Hardly any step of needles_multi_query was sparse (2 % under quest 16)")
