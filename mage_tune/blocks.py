@@ -105,6 +105,33 @@ class StreamLayout:
         """
         return _closed_form_block_mask(self, str(device))
 
+    def packed_block_mask(self, first: Tensor) -> BlockMask:
+        """The same for rows of several documents, each of which sees itself alone.
+
+        Args:
+            first: (batch, blocks) int64: of every block, the first block of its document; documents begin at tiles.
+        """
+        alone = self.block_mask(first.device)
+        tiles = self.length // TILE
+        start = (first[:, :: TILE // self.block_size] * self.block_size // TILE).int()  # (batch, tiles)
+        start = start.repeat(1, self.num_noisy + 1)[:, None]  # (batch, 1, rows)
+        rows = start.shape[-1]
+        assert alone.full_kv_num_blocks is not None
+        counts = alone.full_kv_num_blocks - start  # tiles of the document before its own
+        column = torch.arange(rows, device=first.device, dtype=torch.int32)
+        lists = self.num_noisy * tiles + start[..., None] + column
+        lists = torch.where(column < counts[..., None], lists, 0).int()
+        shape = (len(first), -1, -1)
+        return BlockMask.from_kv_blocks(
+            alone.kv_num_blocks.expand(*shape).contiguous(),
+            alone.kv_indices.expand(*shape, -1).contiguous(),
+            counts.contiguous(),
+            lists.contiguous(),
+            BLOCK_SIZE=TILE,
+            mask_mod=alone.mask_mod,  # partial tiles lie on diagonals, inside one document
+            seq_lengths=(self.total, self.total),
+        )
+
 
 @lru_cache(maxsize=32)
 def _closed_form_block_mask(layout: StreamLayout, device: str) -> BlockMask:

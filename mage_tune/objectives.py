@@ -97,15 +97,17 @@ def undo_rotary(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         rows: (batch, KV heads, blocks, R, D), rows ordered by query head, then position.
-        cos, sin: (blocks, B, D) of every position.
+        cos, sin: (blocks, B, D) of every position, or (batch, blocks, B, D).
 
     Returns:
         Same shape as `rows`, float32.
     """
-    by_head = rows.float().unflatten(-2, (-1, cos.shape[1]))  # (batch, KV heads, blocks, group, B, D)
+    by_head = rows.float().unflatten(-2, (-1, cos.shape[-2]))  # (batch, KV heads, blocks, group, B, D)
     first, second = by_head.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+    if cos.dim() == 5:
+        cos, sin = cos[:, None], sin[:, None]
     return ((by_head * cos - turned * sin) / (cos.square() + sin.square())).flatten(-3, -2)
 
 

@@ -206,6 +206,11 @@ class Data(Section):
     length: int = Field(2048, ge=1, description="Tokens per row and stream; a whole number of blocks.")
     sources: list[Source] = Field(min_length=1, description="Mixed by their shares, row by row.")
     workers: int = Field(0, ge=0, description="Data-loading processes beside the trainer.")
+    packing: bool = Field(
+        False,
+        description="Lay a micro-step's rows side by side in as few of data.length as hold them, each seeing itself "
+        "alone: less padding for short conversations, the same loss.",
+    )
 
 
 class Adapter(Section):

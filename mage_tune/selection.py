@@ -34,10 +34,14 @@ def unpacked_rows(rows: Tensor, num_heads: int, block_size: int) -> Tensor:
     return query.reshape(batch, num_heads, blocks * block_size, head_dim)
 
 
-def prefix_visible(block: Tensor, length: int, block_size: int) -> Tensor:
-    """(..., length) bool: clean positions strictly before each block of `block` (any shape, block numbers)."""
+def prefix_visible(block: Tensor, length: int, block_size: int, first: Tensor | None = None) -> Tensor:
+    """(..., length) bool: clean positions strictly before each block of `block` (any shape, block numbers).
+
+    `first`, of the same shape, is the first block of each one's document, where a row holds several.
+    """
     position = torch.arange(length, device=block.device)
-    return position < (block * block_size)[..., None]
+    is_before = position < (block * block_size)[..., None]
+    return is_before if first is None else is_before & (position >= (first * block_size)[..., None])
 
 
 def mean_probability(rows: Tensor, key: Tensor, visible: Tensor, scaling: float) -> Tensor:
@@ -77,7 +81,14 @@ def top_keys(score: Tensor, budget: int, visible: Tensor) -> tuple[Tensor, Tenso
 
 
 def choose_keys(
-    rows: Tensor, key: Tensor, blocks: Tensor, block_size: int, budget: int, scaling: float, chunk: int = 16
+    rows: Tensor,
+    key: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    budget: int,
+    scaling: float,
+    chunk: int = 16,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MAGE's choice for many blocks of one clean stream: mean probability over the prefix, then the top keys.
 
@@ -86,14 +97,17 @@ def choose_keys(
             (batch, blocks)).
         key: (batch, KV heads, N, D) keys of the clean stream.
         chunk: blocks scored at once, which bounds memory at chunk * R * N floats per KV head.
+        first: (batch, blocks) first block of each one's document, where rows hold several.
 
     Returns:
         index, is_kept: (batch, KV heads, blocks, k), see `top_keys`.
     """
     parts = []
     for start in range(0, blocks.shape[-1], chunk):
-        visible = prefix_visible(blocks[..., start : start + chunk], key.shape[2], block_size)
-        visible = visible if blocks.dim() == 1 else visible[:, None]  # (batch, 1, blocks, N)
+        some = slice(start, start + chunk)
+        since = None if first is None else first[:, some]
+        visible = prefix_visible(blocks[..., some], key.shape[2], block_size, since)
+        visible = visible if visible.dim() == 2 else visible[:, None]  # (batch, 1, blocks, N)
         score = mean_probability(rows[:, :, start : start + chunk], key, visible, scaling)
         parts.append(top_keys(score, budget, visible))
     return torch.cat([index for index, _ in parts], dim=2), torch.cat([kept for _, kept in parts], dim=2)

@@ -73,6 +73,7 @@ class StreamLoss:
             batch["streams"],
             budget=settings.budget or 0,
             student=batch.get("student_blocks"),
+            first=batch.get("first"),
             dense_layers=settings.dense_layers,
             observers=self._observers(model, batch),
         )
@@ -134,10 +135,11 @@ class StreamLoss:
         group = config.num_attention_heads // config.num_key_value_heads if settings.average == "head" else 1
         if settings.rotary == "after":
             return lambda rows: block_mean_queries(rows, group)
-        positions = batch["position_ids"][:1, row.offset("clean") :]
+        positions = batch["position_ids"][:, row.offset("clean") :]
+        positions = positions if "first" in batch else positions[:1]  # packed rows have positions of their own
         like = torch.empty(0, dtype=torch.float32, device=positions.device)  # tells dtype and device
-        cos, sin = causal_lm(model).model.rotary_emb(like, positions)  # (1, length, D)
-        cos, sin = (part.unflatten(1, (-1, row.block_size))[0] for part in (cos, sin))
+        cos, sin = causal_lm(model).model.rotary_emb(like, positions)  # (1 or batch, length, D)
+        cos, sin = (part.unflatten(1, (-1, row.block_size)) for part in (cos, sin))
         return lambda rows: block_mean_queries(undo_rotary(rows, cos, sin), group)
 
     def _sparse_sums(
@@ -159,7 +161,9 @@ class StreamLoss:
             loss = loss + settings.kl_weight * divergence
         # Blocks that predict something, numbered through the batch, and the length of their prefix.
         blocks = (batch["teacher_from"] // row.block_size).unique()
-        is_sparse = blocks * row.block_size % (2 * row.length) > (settings.budget or 0)
+        number, block = blocks * row.block_size // (2 * row.length), blocks % (2 * row.length // row.block_size)
+        prefix = block if "first" not in batch else block - batch["first"][number, block]
+        is_sparse = prefix * row.block_size > (settings.budget or 0)
         return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
 
     def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
@@ -177,7 +181,8 @@ class StreamLoss:
         )
         adapters: PeftModel = model if isinstance(model, PeftModel) else model.module  # type: ignore[assignment]
         with torch.no_grad(), adapters.disable_adapter():
-            exact = hidden_states(model, inputs, positions, StreamAttention(pair).attend)
+            attention = StreamAttention(pair, first=batch.get("first"))
+            exact = hidden_states(model, inputs, positions, attention.attend)
         return exact.flatten(0, 1)[batch["teacher_from"]]
 
 
@@ -187,5 +192,6 @@ def _sampled_attention(view: LayerView, rows: Tensor, batch: dict[str, Any]) -> 
     num_rows, head_dim = rows.shape[-2:]
     index = blocks[:, None, :, None, None].expand(-1, rows.shape[1], -1, num_rows, head_dim)
     key = view.clean_key
-    visible = prefix_visible(blocks, key.shape[2], key.shape[2] // rows.shape[2])[:, None]
+    since = batch["first"].gather(1, blocks) if "first" in batch else None
+    visible = prefix_visible(blocks, key.shape[2], key.shape[2] // rows.shape[2], since)[:, None]
     return mean_probability(rows.gather(2, index), key, visible, view.scaling)

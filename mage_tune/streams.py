@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mage_tune.blocks import StreamLayout
-from mage_tune.selection import choose_keys, gather_keys, packed_rows, unpacked_rows
+from mage_tune.selection import choose_keys, gather_keys, packed_rows, prefix_visible, unpacked_rows
 
 MOST_SHAPES = 128
 """Shapes that FlexAttention may be compiled for in one process."""
@@ -88,17 +88,20 @@ class StreamAttention:
 
     `observers` maps a term's name to (first layer it sees, function of a LayerView); results are kept per layer in
     `observed`. Under checkpointing a layer runs twice and is counted once. `student`, (batch, blocks) int64, says which
-    blocks the sparse stream holds where it does not hold all.
+    blocks the sparse stream holds where it does not hold all. `first`, (batch, blocks) int64, is the first block of
+    every block's document in rows of several documents, which do not see each other.
     """
 
     streams: RowStreams
     budget: int = 0
     student: Tensor | None = None
+    first: Tensor | None = None
     dense_layers: int = 0
     observers: Mapping[str, tuple[int, Observer]] = field(default_factory=dict)
     observed: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     needs_gradient: bool = field(default_factory=torch.is_grad_enabled)
     """Whether the pass is meant to train; layers are checked, as re-entrant checkpointing hides gradients."""
+    _documents: dict[StreamLayout, Documents] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(batch, heads, total, D) post-RoPE q, k, v -> (batch, query heads, total, D).
@@ -110,15 +113,16 @@ class StreamAttention:
         if self.observers and row.mask:
             self._observe(layer, query, key, scaling)
         if not row.sparse:
-            return exact_attention(query, key, value, row.exact, scaling)
+            return exact_attention(query, key, value, row.exact, scaling, self._document_mask(row.exact))
         if layer < self.dense_layers and self.student is None:
             layout = StreamLayout(row.noisy + row.mask + 1, row.length, row.block_size)
-            return exact_attention(query, key, value, layout, scaling)
-        own = row.sparse_length
-        exact = exact_attention(query[:, :, own:], key[:, :, own:], value[:, :, own:], row.exact, scaling)
+            return exact_attention(query, key, value, layout, scaling, self._document_mask(layout))
+        own, documents = row.sparse_length, self._document_mask(row.exact)
+        exact = exact_attention(query[:, :, own:], key[:, :, own:], value[:, :, own:], row.exact, scaling, documents)
         if layer < self.dense_layers:
             assert self.student is not None
-            student = blocks_attention(query, key, value, row, self.student, scaling)
+            since = None if self.first is None else self.first.gather(1, self.student)
+            student = blocks_attention(query, key, value, row, self.student, scaling, since)
         else:
             student = self._sparse(query, key, value, scaling)
         return torch.cat([student, exact], dim=2)
@@ -132,6 +136,14 @@ class StreamAttention:
         if not self.observed[name]:
             raise ValueError(f"{name}: skip_layers leaves out every layer of the model; choose a smaller number")
         return torch.stack(list(self.observed[name].values())).mean()
+
+    def _document_mask(self, layout: StreamLayout) -> Documents | None:
+        """What keeps the documents of a row apart, made once for all layers."""
+        if self.first is None:
+            return None
+        if layout not in self._documents:
+            self._documents[layout] = Documents(self.first, layout)
+        return self._documents[layout]
 
     def _rows(self, query: Tensor, num_kv_heads: int, name: str, view: int = 0) -> Tensor:
         row, start = self.streams, self.streams.offset(name, view)
@@ -168,7 +180,10 @@ class StreamAttention:
                 blocks = self.student
                 at = blocks[:, None, :, None, None].expand(-1, heads, -1, *mask_rows.shape[3:])
                 mask_rows = mask_rows.gather(2, at)
-            index, kept = choose_keys(mask_rows, key[:, :, clean:], blocks, row.block_size, self.budget, scaling)
+            since = self.first if self.first is None or self.student is None else self.first.gather(1, self.student)
+            index, kept = choose_keys(
+                mask_rows, key[:, :, clean:], blocks, row.block_size, self.budget, scaling, first=since
+            )
         own = slice(0, row.sparse_length)
         out = sparse_block_attention(
             self._rows(query, heads, "sparse"),
@@ -213,7 +228,13 @@ def sparse_block_attention(
 
 
 def blocks_attention(
-    query: Tensor, key: Tensor, value: Tensor, row: RowStreams, student: Tensor, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: RowStreams,
+    student: Tensor,
+    scaling: float,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Exact attention of a sparse stream that holds some blocks: each sees itself and the clean blocks before its own.
 
@@ -222,13 +243,14 @@ def blocks_attention(
     Args:
         query, key, value: of the whole row.
         student: (batch, blocks) numbers of the blocks.
+        first: (batch, blocks) first block of each one's document, where rows hold several.
 
     Returns:
         (batch, query heads, sparse length, D).
     """
     own, clean, group = row.sparse_length, row.offset("clean"), query.shape[1] // key.shape[1]
     slot = torch.arange(own, device=query.device) // row.block_size
-    before = torch.arange(row.length, device=query.device) < (student * row.block_size)[:, slot, None]
+    before = prefix_visible(student, row.length, row.block_size, first)[:, slot]
     visible = torch.cat([(slot[:, None] == slot).expand(len(student), -1, -1), before], dim=-1)
 
     def seen(x: Tensor) -> Tensor:  # repeated for the group: SDPA's kernels take grouped heads or a mask, not both
@@ -239,16 +261,41 @@ def blocks_attention(
     )
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, layout: StreamLayout, scaling: float) -> Tensor:
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of packed rows begin: `first` as in `StreamAttention`."""
+
+    first: Tensor
+    layout: StreamLayout
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """For FlexAttention; documents begin at tiles."""
+        return self.layout.packed_block_mask(self.first)
+
+    def together(self) -> Tensor:
+        """(batch, 1, length, length) bool: positions of one stream that are of one document."""
+        since = self.first.repeat_interleave(self.layout.block_size, dim=1)
+        return (since[:, :, None] == since[:, None, :])[:, None]
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: StreamLayout,
+    scaling: float,
+    documents: Documents | None = None,
+) -> Tensor:
     """Attention of a row under its layout, with gradient.
 
     FlexAttention on a GPU for lengths it can tile (training rows are padded to them), else one masked SDPA per stream,
     whose masks take length x 2 length bytes.
     """
     if query.is_cuda and layout.is_tiled:
-        mask = layout.block_mask(query.device)
+        mask = layout.block_mask(query.device) if documents is None else documents.block_mask
         return _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
-    return _attention_per_stream(query, key, value, layout, scaling)
+    return _attention_per_stream(query, key, value, layout, scaling, documents)
 
 
 @lru_cache(maxsize=1)
@@ -262,8 +309,14 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _attention_per_stream(query: Tensor, key: Tensor, value: Tensor, layout: StreamLayout, scaling: float) -> Tensor:
+def _attention_per_stream(
+    query: Tensor, key: Tensor, value: Tensor, layout: StreamLayout, scaling: float, documents: Documents | None = None
+) -> Tensor:
     length = layout.length
+    clean_mask, noisy_mask = layout.clean_mask(query.device), layout.noisy_mask(query.device)
+    if documents is not None:
+        together = documents.together()
+        clean_mask, noisy_mask = clean_mask & together, noisy_mask & torch.cat([together, together], dim=-1)
     clean = slice(layout.num_noisy * length, layout.total)
     outputs = []
     for stream in range(layout.num_noisy + 1):
@@ -274,7 +327,7 @@ def _attention_per_stream(query: Tensor, key: Tensor, value: Tensor, layout: Str
                 query[:, :, own],
                 key[:, :, clean] if is_clean else torch.cat([key[:, :, own], key[:, :, clean]], dim=2),
                 value[:, :, clean] if is_clean else torch.cat([value[:, :, own], value[:, :, clean]], dim=2),
-                attn_mask=layout.clean_mask(query.device) if is_clean else layout.noisy_mask(query.device),
+                attn_mask=clean_mask if is_clean else noisy_mask,
                 scale=scaling,
                 enable_gqa=True,
             )

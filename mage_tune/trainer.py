@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mage_tune.backbone import Backbone, attach_adapter, load_backbone, output_head, random_backbone
+from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator, length_bucket
 from mage_tune.data.mixture import build_mixture, preview
 from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
@@ -473,10 +474,13 @@ def build_trainer(
     console: Console,
 ) -> MageTrainer:
     """Everything `train` needs, wired."""
+    on_gpu = arguments.device.type == "cuda"
     collator = Collator(
         backbone.family,
         recipe.seed,
-        length_multiple=length_bucket(recipe.data.length) if arguments.device.type == "cuda" else 1,
+        length_multiple=length_bucket(recipe.data.length) if on_gpu else 1,
+        pack_to=recipe.data.length if recipe.data.packing else None,
+        document_multiple=TILE if on_gpu else 1,
         **loss.collator_needs(),
     )
     if arguments.bf16:

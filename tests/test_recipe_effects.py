@@ -82,6 +82,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.random_weights.max_positions": ("512",),
     "data.length": ("96",),
     "data.workers": ("1",),
+    "data.packing": ("true", CHAT, "data.length=640", "train.rows=2"),
     "text.kind": ("chat", "data.sources.0.path=both.jsonl"),
     "text.path": ("two.jsonl",),
     "text.share": ("3.0", TWO % ("text", "two.jsonl"), SIX),

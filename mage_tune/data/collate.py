@@ -6,8 +6,9 @@ Everything random is drawn here from (seed, row), so the batch is the same on an
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,9 @@ class Collator:
             weighs as much more, so that the expected loss is that of all blocks.
         sampled_blocks: blocks sampled per row and step for attention alignment, all where there are fewer; 0 for none.
         length_multiple: rows are padded to a multiple of this many tokens (and of the block size).
+        pack_to: examples are laid side by side in rows of at most about so many tokens; None: a row each. Every term is
+            the same sum; an example sees itself alone, at its own positions.
+        document_multiple: packed examples begin at a multiple of this many tokens (and of the block size).
     """
 
     family: Family
@@ -67,6 +71,8 @@ class Collator:
     student_share: float = 1.0
     sampled_blocks: int = 0
     length_multiple: int = 1
+    pack_to: int | None = None
+    document_multiple: int = 1
 
     @property
     def views(self) -> int:
@@ -86,12 +92,16 @@ class Collator:
             sampled_blocks, is_sampled: (batch, sampled) block numbers and whether they count;
             loss_items, sparse_items: scalar float32, what the batch's diffusion and sparse losses are divided by
                 (the family's normaliser);
-            rows: (batch,) row numbers; num_tokens: scalar, data tokens before fill and streams.
+            first: (batch, blocks) int64, the first block of every block's example (only packed);
+            rows: (examples,) row numbers; num_tokens: scalar, data tokens before fill and streams.
         """
-        length = max(round_up(len(e.input_ids), self.family.block_size) for e in examples)
-        length = round_up(length, int(np.lcm(self.length_multiple, self.family.block_size)))
-        streams = self.streams(length)
-        made = [self._row(e, streams) for e in examples]
+        size = self.family.block_size
+        if self.pack_to is None:
+            streams = self.streams(self._padded(max(round_up(len(e.input_ids), size) for e in examples)))
+            made = [self._row(e, streams) for e in examples]
+        else:
+            streams, made = self._packed(examples, self.pack_to)
+        length = streams.length
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(np.stack([r["input_ids"] for r in made])),
             "position_ids": torch.from_numpy(np.stack([r["position_ids"] for r in made])),
@@ -111,12 +121,83 @@ class Collator:
             )
         if self.sparse_stream:
             batch["teacher_from"] = _flat([r["teacher_from"] for r in made], 2 * length)
-        if streams.student_blocks is not None:
-            batch["student_blocks"] = torch.from_numpy(np.stack([r["student_blocks"] for r in made]))
+        optional = ["student_blocks"] * (streams.student_blocks is not None) + ["first"] * (self.pack_to is not None)
+        batch |= {name: torch.from_numpy(np.stack([r[name] for r in made])) for name in optional}
         if self.sampled_blocks:
             batch["sampled_blocks"] = torch.from_numpy(np.stack([r["sampled_blocks"] for r in made]))
             batch["is_sampled"] = torch.from_numpy(np.stack([r["is_sampled"] for r in made], axis=1))
         return batch
+
+    def _padded(self, length: int) -> int:
+        return round_up(length, int(np.lcm(self.length_multiple, self.family.block_size)))
+
+    def _packed(self, examples: Sequence[Example], most: int) -> tuple[RowStreams, list[dict[str, np.ndarray]]]:
+        """Rows of several examples: the longest first, each into the first row with room for it."""
+        unit = int(np.lcm(self.document_multiple, self.family.block_size))
+        lengths = {e.row: round_up(len(e.input_ids), unit) for e in examples}
+        rows: list[list[Example]] = []
+        for example in sorted(examples, key=lambda e: -lengths[e.row]):
+            room = (row for row in rows if sum(lengths[e.row] for e in row) + lengths[example.row] <= most)
+            row = next(room, None)
+            if row is None:
+                rows.append([example])
+            else:
+                row.append(example)
+        longest = self._padded(max(sum(lengths[e.row] for e in row) for row in rows))
+        parts = [[(self.streams(lengths[e.row]), e) for e in row] for row in rows]
+        whole = self.streams(longest)
+        if whole.student_blocks is not None:
+            slots = max(sum(streams.student_blocks or 0 for streams, _ in row) for row in parts)
+            whole = replace(whole, student_blocks=slots)
+        sampled = max(sum(self._num_sampled(streams) for streams, _ in row) for row in parts)
+        return whole, [self._joined(row, whole, sampled) for row in parts]
+
+    def _joined(
+        self, parts: list[tuple[RowStreams, Example]], whole: RowStreams, sampled: int
+    ) -> dict[str, np.ndarray]:
+        """One row of the `whole` streams from examples that are rows by themselves; what is left over is padding."""
+        size, blocks = whole.block_size, whole.length // whole.block_size
+        pad = self.family.pad_id
+        assert pad is not None  # backbone.check_facts
+        row: dict[str, np.ndarray] = {
+            "input_ids": np.full(whole.total, pad, dtype=np.int64),
+            "position_ids": np.zeros(whole.total, dtype=np.int64),
+            "is_counted": np.zeros((max(self.views, 1), blocks), dtype=bool),
+            "first": np.zeros(blocks, dtype=np.int64),
+            "student_blocks": np.zeros(whole.student_blocks or 0, dtype=np.int64),
+            "sampled_blocks": np.zeros(sampled, dtype=np.int64),
+            "is_sampled": np.zeros((max(self.views, 1), sampled), dtype=bool),
+        }
+        lists: dict[str, list[np.ndarray]] = defaultdict(list)
+        at = slot = draw = 0
+        for streams, example in parts:
+            made = self._row(example, streams)
+            place = _moved(streams, whole, at, slot * size)
+            for name in ("input_ids", "position_ids"):
+                row[name][place] = made[name]
+            own = slice(at // size, (at + streams.length) // size)
+            row["is_counted"][:, own], row["first"][own] = made["is_counted"], own.start
+            for kind in ("noisy", "sparse")[: 1 + self.sparse_stream]:
+                lists[f"{kind}_from"].append(place[made[f"{kind}_from"]])
+                for name in (f"{kind}_target", f"{kind}_weight", f"{kind}_items"):
+                    lists[name].append(made[name])
+            if self.sparse_stream:
+                lists["teacher_from"].append(made["teacher_from"] + at)
+            if streams.student_blocks is not None:
+                row["student_blocks"][slot : slot + streams.student_blocks] = made["student_blocks"] + own.start
+                slot += streams.student_blocks
+            if self.sampled_blocks:
+                drawn = slice(draw, draw + len(made["sampled_blocks"]))
+                row["sampled_blocks"][drawn] = made["sampled_blocks"] + own.start
+                row["is_sampled"][:, drawn] = made["is_sampled"]
+                draw = drawn.stop
+            at += streams.length
+        row["first"][at // size :] = at // size
+        joined = {name: np.concatenate(values) for name, values in lists.items() if not name.endswith("_items")}
+        return row | joined | {name: np.sum(lists[name]) for name in lists if name.endswith("_items")}
+
+    def _num_sampled(self, streams: RowStreams) -> int:
+        return min(self.sampled_blocks, streams.length // streams.block_size)
 
     def streams(self, length: int) -> RowStreams:
         """The streams of rows of `length` tokens, a whole number of blocks."""
@@ -263,11 +344,23 @@ class Collator:
     def _sample_blocks(self, is_counted: np.ndarray, row: int) -> dict[str, np.ndarray]:
         """Blocks of this step's attention alignment, without repetition; fewer where fewer count."""
         generator = noise_generator(self.seed, row, BLOCK_DRAW)
-        count = min(self.sampled_blocks, is_counted.shape[1])
+        count = min(self.sampled_blocks, is_counted.shape[1])  # as `_num_sampled`
         chosen = generator.permutation(np.flatnonzero(is_counted.any(axis=0)))[:count]
         blocks = np.zeros(count, dtype=np.int64)  # block 0 fills up: it has no prefix and never counts
         blocks[: len(chosen)] = chosen
         return {"sampled_blocks": blocks, "is_sampled": is_counted[:, blocks]}
+
+
+def _moved(streams: RowStreams, whole: RowStreams, at: int, student_at: int) -> np.ndarray:
+    """(streams.total,) position in a row of `whole` streams of every position of an example's own row.
+
+    The example begins at `at` in each stream; in a sparse stream that holds some blocks, at `student_at`.
+    """
+    places = []
+    if streams.sparse:
+        places.append(np.arange(streams.sparse_length) + (at if streams.student_blocks is None else student_at))
+    others = np.arange(streams.exact.total // streams.length) * whole.length + whole.sparse_length + at
+    return np.concatenate([*places, (others[:, None] + np.arange(streams.length)).ravel()])
 
 
 def _share_of(blocks: int, share: float) -> int:
