@@ -49,9 +49,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from mage_tune import streams  # noqa: E402
 from mage_tune.backbone import hidden_states, output_head  # noqa: E402
-from mage_tune.bench.run import header  # noqa: E402
 from mage_tune.blocks import StreamLayout  # noqa: E402
 from mage_tune.data.mixture import build_mixture  # noqa: E402
+from mage_tune.environment import environment  # noqa: E402
 from mage_tune.plan import plan  # noqa: E402
 from mage_tune.plan.estimate import Estimate  # noqa: E402
 from mage_tune.plan.shape import read_model  # noqa: E402
@@ -496,8 +496,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no case {unknown[0]!r}; --list names them", file=sys.stderr)
         return 2
     began = time.perf_counter()
-    result = header(" ".join(["python", *(sys.argv if argv is None else ["scripts/bench_training.py", *argv])]))
-    result["commit"] = arguments.commit or result["commit"]
+    versions = environment()
+    result: dict[str, Any] = {
+        "device": versions.pop("device"),
+        "commit": arguments.commit or versions["commit"],
+        "command": " ".join(["python", *(sys.argv if argv is None else ["scripts/bench_training.py", *argv])]),
+        "versions": {name: found for name, found in versions.items() if name != "commit"},
+    }
     result |= {"weights": "random, of the exact shapes: nothing is learnt", "peak_tflops": PEAK_TFLOPS, "rows": []}
     result["rows"] = finished(arguments.out, result["commit"])
     print("RANDOM WEIGHTS of the exact shapes, random data: only time and memory mean anything", flush=True)

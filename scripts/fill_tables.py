@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "adapters/smollm2-135m-diffusion/README.md")
+FILES = ("README.md", "docs/objectives.md", "adapters/smollm2-135m-diffusion/README.md")
 
 
 def interval(estimate: dict[str, Any], signed: bool = False) -> str:
@@ -37,33 +37,44 @@ def conditions(record: dict[str, Any], units: str) -> str:
     )
 
 
-def alignment_table(file: str = "alignment_h100.json") -> str:
-    """Before and after the alignment run on the H100."""
-    record = json.loads((ROOT / "results" / file).read_text())
-    evaluation = record["evaluation"]
-    rows = [
-        ("recall@128 of the later steps' keys ↑", "recall@128"),
-        ("recall@512 ↑", "recall@512"),
-        ("recall@16 ↑", "recall@16"),
-        ("cosine of block-average queries ↑", "query_cosine"),
-        ("attention mass kept, k = 128 ↑", "mass@128"),
-        ("CE, exact attention (nats) ↓", "ce_exact"),
-        ("CE, keys chosen at all-[MASK], k = 128 ↓", "ce_mask@128"),
-        ("CE gap to exact, k = 128 ↓", "ce_gap@128"),
-        ("CE gap to exact, k = 32 ↓", "ce_gap@32"),
-    ]
-    lines = ["| | base | + adapter | change, paired 95 % interval |", "|---|---|---|---|"]
-    for label, name in rows:
-        before, after = (evaluation["arms"][arm][name]["mean"] for arm in ("base", "adapter"))
-        lines.append(f"| {label} | {before:.3f} | {after:.3f} | {interval(evaluation['paired'][name], signed=True)} |")
-    training = record["training"]
+def alignment_table(file: str = "objectives.json") -> str:
+    """The recipe of the study, before and after; the gap is always to the untuned model's exact attention."""
+    content = json.loads((ROOT / "results" / file).read_text())
+    base, tuned = content["base"], next(arm for arm in content["arms"] if arm["name"] == "recipe")
+    lines = ["| | base | + adapter |", "|---|---|---|"]
+    for context in ("2048", "8192"):
+        for k in ("32", "128", "512"):
+            gaps = (interval(model["gap"][context][k]) for model in (base, tuned))
+            shown = f"CE gap of sparse to exact attention, k = {k}, {int(context) // 1024}K tokens ↓"
+            lines.append(f"| {shown} | {' | '.join(gaps)} |")
+    for k in ("128", "512"):
+        recalls = (f"{model['recall_text'][k]:.3f}" for model in (base, tuned))
+        lines.append(f"| recall@{k} of the later steps' keys ↑ | {' | '.join(recalls)} |")
+    changes = {
+        "CE, keys chosen at all-[MASK], k = 128 ↓": (base["ce_mask"]["128"], "2048 ce mage 128"),
+        "CE, exact attention (nats) ↓": (base["ce_exact"], "2048 ce exact"),
+        "CE of answers to short prompts, exact ↓": (base["answers"], "answers"),
+    }
+    for label, (before, name) in changes.items():
+        lines.append(f"| {label} | {before:.3f} | {interval(tuned['against_base'][name], signed=True)} |")
+    made_with, windows = content["environment"], content["settings"]["contexts"]
+    shown = ", ".join(f"{n} of {int(context) // 1024}K" for context, n in windows.items())
     lines += [
         "",
-        f"{training['steps']} steps, {training['minutes']:.1f} minutes, median "
-        f"{training['median_tokens_per_s'] / 1000:.0f}k data tokens/s through three streams, "
-        f"{training['peak_gib']:.0f} GiB. " + conditions(record, ""),
+        f"{tuned['minutes']:.1f} minutes of training. Held-out windows: {shown} tokens, 6 blocks each; 95 % intervals, "
+        f"with a sign: of the paired change. First {content['settings']['dense_layers']} layers dense, "
+        f"{made_with['device']}, torch {made_with['torch']}, transformers {made_with['transformers']}, "
+        f"commit {made_with['commit']}.",
     ]
     return "\n".join(lines)
+
+
+def study_tables(file: str = "objectives.json") -> str:
+    """Every arm of the study, and every lever."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from study_objectives import markdown  # needs torch
+
+    return markdown(json.loads((ROOT / "results" / file).read_text())).rstrip("\n")
 
 
 def conversion_table(file: str = "conversion_h100.json") -> str:
@@ -151,6 +162,7 @@ def speed_table(file: str = "decode_h100.json") -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment_table,
+    "study": study_tables,
     "conversion": conversion_table,
     "demo": demo_table,
     "speed": speed_table,

@@ -1,6 +1,6 @@
 """Write what a finished run measured into results/: the file that README's and the docs' numbers come from.
 
-    python scripts/record_run.py runs/smollm2-135m results/alignment_h100.json
+    python scripts/record_run.py runs/demo results/demo_cpu.json
 
 Takes the run folder's versions, training metrics (medians after the first tenth of the steps) and, where
 `mage-tune eval` has been run, its estimates with intervals; the raw records stay in the run folder. `--eval DIR` adds

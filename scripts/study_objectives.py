@@ -7,6 +7,7 @@
     python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
     python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
     python scripts/study_objectives.py --table                     # the Markdown tables of docs/objectives.md
+    python scripts/study_objectives.py --plot docs/images/objectives.png
 
 An arm is recipes/smollm2-135m.yaml with some keys changed (ARMS below), so one arm is also
 `mage-tune train recipes/smollm2-135m.yaml --set KEY=VALUE ...` as `--list` prints it. All arms see the same rows, seeds
@@ -357,7 +358,7 @@ class Results:
 
 def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
     """Mean gap over the seeds of an arm at 2K and k = 128; None when it was not run or harms exact attention."""
-    gaps = [arm["gap"][str(MAIN)][str(KEYS)]["mean"] for arm in seeds]
+    gaps = [gap_at(arm)["mean"] for arm in seeds]
     harm = [arm["against_base"][f"{MAIN} ce exact"]["mean"] for arm in seeds]
     return float(np.mean(gaps)) if gaps and np.mean(harm) <= MOST_HARM else None
 
@@ -445,7 +446,7 @@ def run_levers(results: Results, console: Console) -> None:
 
 def summary(found: dict[str, Any]) -> str:
     """An arm in a line."""
-    gap, harm = found["gap"][str(MAIN)][str(KEYS)], found["against_base"][f"{MAIN} ce exact"]
+    gap, harm = gap_at(found), found["against_base"][f"{MAIN} ce exact"]
     return (
         f"gap@{KEYS} {gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}], "
         f"recall@{KEYS} {found['recall_text'][str(KEYS)]:.3f}, "
@@ -529,6 +530,63 @@ def levers_table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(content: dict[str, Any], path: Path) -> None:
+    """`draw` on white, and for dark pages on black beside it (NAME-dark.png)."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for style, target in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
+        with plt.style.context(style):
+            draw(content, target)
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Gap against k before and after, at every context; arms of equal tokens beside it."""
+    import matplotlib.pyplot as plt
+
+    zero = {"color": plt.rcParams["text.color"], "linewidth": 0.8}
+    done = {arm["name"]: arm for arm in content["arms"] if arm["seed"] == 0}
+    after = done.get(FINAL)
+    models = [("untuned", content["base"])] + ([("tuned", after)] if after else [])
+    equal = sorted((a for n, a in done.items() if n != FINAL), key=lambda arm: change_of(arm)["mean"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(len(equal), 9)), layout="constrained")
+    for (label, model), color in zip(models, ("#7a7a7a", "#1f6feb"), strict=False):
+        for context, style in zip(model["gap"], ("-", "--", ":"), strict=False):
+            gaps = model["gap"][context]
+            means = [gaps[k]["mean"] for k in gaps]
+            shown = f"{label}, {int(context) // 1024}K" if int(context) >= 1024 else f"{label}, {context}"
+            left.plot([int(k) for k in gaps], means, style, color=color, marker="o", markersize=3, label=shown)
+    left.set_xscale("log", base=2)
+    left.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
+    left.axhline(0, **zero)
+    left.set(
+        xlabel="keys kept, k", ylabel="CE gap, nats", title="Chosen at the all-[MASK] step,\nagainst exact and untuned"
+    )
+    left.legend(frameon=False, fontsize=8)
+    for place, arm in enumerate(equal):
+        change = change_of(arm)
+        error = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
+        right.errorbar(change["mean"], place, xerr=error, fmt="o", color="#1f6feb", markersize=4, capsize=2)
+    right.axvline(0, **zero)
+    right.set_yticks(range(len(equal)), [arm["name"] for arm in equal])
+    right.invert_yaxis()
+    right.set(xlabel=f"change of CE at k = {KEYS}, nats", title=f"Objectives after {STEPS} steps (95 % intervals)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def gap_at(arm: dict[str, Any]) -> dict[str, float]:
+    """The gap that arms are judged by."""
+    found: dict[str, float] = arm["gap"][str(MAIN)][str(KEYS)]
+    return found
+
+
+def change_of(arm: dict[str, Any]) -> dict[str, float]:
+    """What training did to the cross-entropy behind the kept keys, paired by window."""
+    found: dict[str, float] = arm["against_base"][f"{MAIN} ce mage {KEYS}"]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -538,6 +596,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the arms and their commands")
     parser.add_argument("--levers", action="store_true", help="measure the inference-side levers on base and recipe")
     parser.add_argument("--table", action="store_true", help="print the Markdown tables of the results file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the results file")
     parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="add the arms of other results files")
     parser.add_argument("--commit", help="the toolkit's commit, where the run is made on a copy without its history")
     arguments = parser.parse_args(argv)
@@ -555,6 +614,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{arm.name}: {arm.why}\n    mage-tune train {RECIPE} --set {' --set '.join(arm.overrides(0))}")
         elif arguments.table:
             print(markdown(results.content))
+        elif arguments.plot:
+            plot(results.content, arguments.plot)
         elif arguments.join:
             join(arguments.join, results)
         elif arguments.levers:
