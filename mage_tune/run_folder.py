@@ -132,7 +132,8 @@ def write_facts(folder: Path, recipe: Recipe, family: Family) -> None:
     """recipe.yaml, versions.json and the family beside the adapter to come."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / "recipe.yaml", resolved_yaml(recipe))
-    _write_whole(folder / "versions.json", json.dumps(environment(), indent=2) + "\n")
+    weights = {} if recipe.model.random_weights is None else {"weights": "RANDOM, of the recipe's shape"}
+    _write_whole(folder / "versions.json", json.dumps(environment() | weights, indent=2) + "\n")
     write_family(folder, family)
 
 

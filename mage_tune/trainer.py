@@ -297,6 +297,10 @@ def train(recipe: Recipe) -> Path:
     dataset = build_mixture(recipe.data, backbone.tokenizer, backbone.family, num_rows, recipe.seed)
     if arguments.process_index == 0:
         write_facts(folder, recipe, backbone.family)
+        if recipe.model.random_weights is not None:
+            console.print(
+                "RANDOM WEIGHTS: this run shows speed and memory; its adapter fits no model", style="bold yellow"
+            )
         console.print(preview(next(iter(dataset)), backbone.tokenizer))
         if checkpoint is not None:
             console.print(f"going on from {checkpoint}", soft_wrap=True)

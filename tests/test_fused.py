@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,13 @@ def test_adapters_of_other_arithmetic_are_refused(tiny_backbone, tiny_adapter, a
     model = tiny_adapter(tiny_backbone("converted"), **adapter)
     with pytest.raises(ValueError, match="fused has neither DoRA nor dropout"):
         fuse(model)
+
+
+def test_random_weights_are_said_loudly(tmp_path, capsys):
+    short = ["train.steps=1", "data.length=64", "objective.sparse_distillation.budget=16", f"output={tmp_path / 'run'}"]
+    trainer_module.train(load_recipe(ROOT / "recipes" / "debug.yaml", [*short, "train.kernels=fused"]))
+    assert "RANDOM WEIGHTS" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["weights"].startswith("RANDOM")
 
 
 def test_zero3_is_refused(tiny_backbone, monkeypatch):

@@ -346,6 +346,7 @@ def test_the_longest_batch_is_tried(small_recipe, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
     shown = CliRunner().invoke(app, ["plan", str(small_recipe), "--probe"], catch_exceptions=False).stdout
     assert "random weights: the longest batch takes" in " ".join(shown.split())
+    assert "RANDOM WEIGHTS" in shown
 
 
 def test_a_batch_that_does_not_fit_says_so(small_recipe, monkeypatch):

@@ -32,6 +32,7 @@ class Plan:
     """What a recipe will need. Memory in GiB, time in seconds, FLOP in TFLOP; per device."""
 
     recipe: str
+    is_random: bool
     card: str
     card_gib: float
     parameters: int
@@ -77,6 +78,7 @@ def plan(recipe: Recipe, card_name: str = "h100", memory_gib: float | None = Non
     model_tflop = estimate.model_flop() / 1e12
     return Plan(
         recipe=recipe.name,
+        is_random=recipe.model.random_weights is not None,
         card=card_name,
         card_gib=card.gib,
         parameters=shape.parameters,
@@ -129,6 +131,8 @@ def as_json(found: Plan, probed: Probed | None = None) -> str:
 
 def show(found: Plan, console: Console, probed: Probed | None = None) -> None:
     """The plan for people: what it needs, what every number is made of, and what was tried."""
+    if found.is_random:
+        console.print("[bold yellow]RANDOM WEIGHTS[/] of this shape: a run of this recipe learns nothing worth keeping")
     console.print(
         f"[bold]{found.recipe}[/] on one {found.card}: {found.parameters / 1e9:.2f} G parameters, adapter "
         f"{found.adapter_parameters / 1e6:.1f} M ({found.adapter_mib:.0f} MiB), streams {found.streams}",
