@@ -91,9 +91,10 @@ def train(
         return
     from mage_tune.stability import TrainingStopped
     from mage_tune.trainer import train as run
+    from mage_tune.watch import Samples, ideal_step_s
 
     try:
-        folder = run(loaded)
+        folder = run(loaded, watch=Samples, ideal_step_s=ideal_step_s(loaded))
     except TrainingStopped as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             typer.echo(str(stopped), err=True)

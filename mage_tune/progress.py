@@ -67,7 +67,7 @@ class ProgressReporter(TrainerCallback):
 
 
 def summary(logs: dict[str, Any]) -> str:
-    """One line of a log record: loss, its terms, gradient norm, speed, memory."""
+    """One line of a log record: loss, its terms, gradient norm, speed, utilisation, memory."""
     terms = [
         name for name in ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation") if name in logs
     ]
@@ -75,6 +75,8 @@ def summary(logs: dict[str, Any]) -> str:
     if len(terms) > 1:
         parts += [f"{name} {logs[name]:.4f}" for name in terms]
     parts += [f"grad {logs.get('grad_norm', float('nan')):.2f}", f"{logs['tokens_per_s']:.0f} tok/s"]
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.0%}")
     if "peak_gib" in logs:
         parts.append(f"{logs['peak_gib']:.1f} GiB")
     return " · ".join(parts)

@@ -344,6 +344,12 @@ class Train(Section):
     )
     offload: bool = Field(False, description="Hold the inputs of recomputed layers in host memory (non_reentrant).")
     log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
+    trackers: list[Literal["trackio", "tensorboard", "wandb"]] = Field(
+        [], description="Where log lines go beside metrics.jsonl; one that fails warns, and training goes on."
+    )
+    sample_every: int = Field(
+        0, ge=0, description="Steps between two samples of text and recall, printed while training; 0 never."
+    )
     save_every: int = Field(50, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     resume: str = Field(

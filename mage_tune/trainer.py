@@ -34,6 +34,7 @@ from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator, length_bucket
 from mage_tune.data.mixture import build_mixture, preview
 from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
+from mage_tune.lm import BlockDiffusionLM
 from mage_tune.progress import ProgressReporter
 from mage_tune.recipe import Recipe, Train
 from mage_tune.run_folder import (
@@ -51,6 +52,7 @@ from mage_tune.run_folder import (
 )
 from mage_tune.stability import NonFiniteError, SpikeGuard, StopOnSignal, TrainingStopped, ignore_stop_signals
 from mage_tune.stream_loss import StreamLoss
+from mage_tune.tracking import Tracking
 
 DEEPSPEED = DistributedType.DEEPSPEED
 
@@ -72,6 +74,9 @@ class MageTrainer(Trainer):
         sources: a name of each source of the data set, for messages about rows.
         console: where warnings go.
     """
+
+    ideal_step_s: float | None = None
+    """Seconds of an optimizer step on one device at its peak, for utilisation."""
 
     def __init__(
         self, *, stream_loss: StreamLoss, schedule: Train, sources: Sequence[str], console: Console, **kwargs: Any
@@ -234,6 +239,8 @@ class MageTrainer(Trainer):
                 logs["sparse_share"] /= len(measured)
             logs["tokens_per_s"] = tokens / seconds
             logs["step_s"] = seconds / steps
+            if self.ideal_step_s is not None:
+                logs["mfu"] = self.ideal_step_s / logs["step_s"] / len(measured)
             if torch.cuda.is_available():
                 logs["peak_gib"] = measured[:, -1].max().item()
             self._logged.clear()
@@ -277,8 +284,18 @@ def learning_rate_share(schedule: Train) -> Callable[[int], float]:
     return share
 
 
-def train(recipe: Recipe) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    watch: Callable[[BlockDiffusionLM, Any, Recipe, Console], TrainerCallback] | None = None,
+    ideal_step_s: float | None = None,
+) -> Path:
     """Run a recipe and return the run folder, with the adapter at its top.
+
+    Args:
+        recipe: the recipe.
+        watch: makes what looks at the model in training (`watch.Samples`), from it, a row's tokens, recipe and console.
+        ideal_step_s: see `MageTrainer`.
 
     Raises:
         RecipeError: the folder holds a finished run, or an unfinished one of another recipe.
@@ -307,9 +324,15 @@ def train(recipe: Recipe) -> Path:
     model = build_adapter(backbone, recipe)
     trainer = build_trainer(recipe, folder, model, backbone, loss, dataset, arguments, console)
     check_engine(trainer.accelerator.distributed_type, arguments.world_size, checkpoint)
+    trainer.ideal_step_s = ideal_step_s
+    settings = recipe.train
     with StopOnSignal() as stop, ProgressReporter(console) as progress:
         trainer.add_callback(stop)
         trainer.add_callback(progress)
+        trainer.add_callback(Tracking(settings.trackers, folder, recipe.name, recipe.model_dump(mode="json"), console))
+        if settings.sample_every and watch is not None:
+            lm = BlockDiffusionLM(model, backbone.tokenizer, backbone.family)
+            trainer.add_callback(watch(lm, next(iter(dataset)).input_ids, recipe, console))
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signum is not None and trainer.state.global_step < recipe.train.steps:
         raise TrainingStopped(

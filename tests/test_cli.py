@@ -127,7 +127,7 @@ def test_wrong_usage_is_exit_code_2(call, arguments: list[str]) -> None:
 
 
 def test_debug_shows_the_traceback(fake) -> None:
-    def train(recipe: Recipe) -> Path:
+    def train(recipe: Recipe, **given: Any) -> Path:
         raise ValueError("from inside")
 
     fake("mage_tune.trainer", train=train)
@@ -155,7 +155,7 @@ def test_describe_error(error: Exception, line: str, code: int) -> None:
 
 
 def test_interrupt(call, fake) -> None:
-    def train(recipe: Recipe) -> Path:
+    def train(recipe: Recipe, **given: Any) -> Path:
         raise KeyboardInterrupt
 
     fake("mage_tune.trainer", train=train)
@@ -169,7 +169,7 @@ def test_interrupt(call, fake) -> None:
 
 def test_train(call, fake, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    fake("mage_tune.trainer", train=lambda recipe: seen.append(recipe) or Path("runs/x"))
+    fake("mage_tune.trainer", train=lambda recipe, **given: seen.append(recipe) or Path("runs/x"))
     code, out, _ = call("train", "debug", "--set", "train.steps=3", "--set", "seed=9")
     assert code == 0
     assert out == "adapter written to runs/x; prove it with: mage-tune eval runs/x\n"

@@ -125,7 +125,7 @@ def unit(dotted: str) -> str:
     return parts[1] if parts[0] == "mage_tune" and len(parts) > 1 else parts[0]
 
 
-LEAVES = {"families", "selection", "objectives", "progress", "environment", "stability", "engines"}
+LEAVES = {"families", "selection", "objectives", "progress", "environment", "stability", "engines", "tracking"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "mage_kernels": set(),
@@ -142,9 +142,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": {"environment", "families", "recipe", "backbone", "stability"},
 }
 """Design section 3, bottom first: who may import whom. Whatever is not here stands above all of it."""
-ABOVE = ("trainer", "evals", "bench", "publish", "plan", "doctor")
-BESIDE = {"publish": {"evals"}, "plan": {"trainer"}}
-"""The card speaks of results as reports do; a plan is tried with the trainer's own adapter and layers."""
+ABOVE = ("trainer", "evals", "bench", "publish", "plan", "doctor", "watch")
+BESIDE = {"publish": {"evals"}, "plan": {"trainer"}, "watch": {"evals", "plan"}}
+"""The card speaks of results as reports do; a plan is tried with the trainer's own adapter and layers;
+what is watched in training is recall, and utilisation as a plan counts it."""
 TOP = ("cli", "train")
 
 
@@ -193,9 +194,12 @@ def test_train_defines_no_class() -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
 
 
+EXTRAS = ("gpu", "eval", "track", "tensorboard", "wandb")
+
+
 def test_every_imported_package_is_required() -> None:
     """Not merely installed because something else requires it."""
-    optional = [text for extra in ("gpu", "eval", "track") for text in PROJECT["optional-dependencies"][extra]]
+    optional = [text for extra in EXTRAS for text in PROJECT["optional-dependencies"][extra]]
     required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"] + optional}
     owners = packages_distributions()
     for file, target in imports():

@@ -24,6 +24,7 @@ from mage_tune.evals.needles import TASKS
 from mage_tune.fused import offloaded_checkpoint
 from mage_tune.recipe import Eval, Recipe, load_recipe
 from mage_tune.recipe_schema import Section
+from mage_tune.tracking import Tracking
 
 pytestmark = [
     pytest.mark.slow,
@@ -148,6 +149,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "train.checkpointing": ("non_reentrant",),
     "train.offload": ("true", "train.checkpointing=non_reentrant"),
     "train.log_every": ("2",),
+    "train.trackers": ("[tensorboard]",),
+    "train.sample_every": ("1",),
     "train.save_every": ("3",),
     "train.keep_checkpoints": ("1",),
     "train.resume": ("nowhere",),
@@ -223,6 +226,16 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     build = trainer_module.build_trainer
 
+    class Trackers(Tracking):
+        """Notes which would be started, instead of starting them."""
+
+        def on_train_begin(self, *arguments: Any, **options: Any) -> None:
+            seen["trackers"] = self.names
+
+    def samples(lm: Any, row: Any, recipe: Recipe, console: Any) -> TrainerCallback:
+        seen["samples"] = recipe.train.sample_every
+        return TrainerCallback()
+
     def build_watched(*arguments: Any, **options: Any) -> Any:
         trainer = build(*arguments, **options)
         trainer.add_callback(Watch())
@@ -230,6 +243,7 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(trainer_module, "load_backbone", load_backbone)
     monkeypatch.setattr(trainer_module, "build_trainer", build_watched)
+    monkeypatch.setattr(trainer_module, "Tracking", Trackers)
     monkeypatch.setattr(files, "_hub_records", hub_records)
 
     def run(overrides: list[str]) -> dict[str, Any]:
@@ -238,7 +252,7 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         recipe = load_recipe(workplace / "base.yaml", ["train.precision=float32", *overrides])
         monkeypatch.chdir(tmp_path)  # where runs are written
         try:
-            folder = trainer_module.train(recipe)
+            folder = trainer_module.train(recipe, watch=samples)
         except (ValueError, Stop) as error:
             return {"stopped": repr(error)}
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

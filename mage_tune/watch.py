@@ -1,0 +1,79 @@
+"""What is shown of a run while it trains: text that the model writes, recall of its choice of keys, utilisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+from mage_tune.evals.probes import probe_window
+from mage_tune.lm import BlockDiffusionLM
+from mage_tune.plan.estimate import CARDS, Estimate
+from mage_tune.plan.shape import read_model
+from mage_tune.recipe import Recipe
+
+BLOCKS = 2
+"""Blocks that are written, and blocks whose recall is measured."""
+
+
+class Samples(TrainerCallback):
+    """Every `train.sample_every` steps, a continuation of a training row's first half, and recall on its second.
+
+    Args:
+        lm: the model in training.
+        row: (n,) token ids of a row.
+        recipe: budget and dense layers are its eval section's.
+        console: where it is printed.
+    """
+
+    def __init__(self, lm: BlockDiffusionLM, row: np.ndarray, recipe: Recipe, console: Console) -> None:
+        size = lm.family.block_size
+        self.lm, self.recipe, self.console = lm, recipe, console
+        self.row = np.asarray(row[: len(row) // (2 * size) * 2 * size], dtype=np.int64)
+        self.every = recipe.train.sample_every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On every process, as an engine may need all of them for a forward pass; one prints."""
+        if not self.every or state.global_step % self.every:
+            return
+        try:
+            text = self.sample()
+        except Exception as error:  # a run is worth more than its samples
+            self.every = 0
+            text = f"warning: train.sample_every: no more samples ({type(error).__name__}: {error}); training goes on"
+        if state.is_world_process_zero:
+            self.console.print(f"step {state.global_step}: {text}", markup=False, style="cyan", soft_wrap=True)
+
+    @torch.no_grad()
+    def sample(self) -> str:
+        """Recall and a continuation in one line; neither random state nor mode of the model changes."""
+        was_training, settings = self.lm.model.training, self.recipe.eval
+        half = len(self.row) // 2
+        self.lm.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[self.lm.device] if self.lm.device.type == "cuda" else []):
+                budget = min(settings.budgets[0], half // 2)
+                found = probe_window(
+                    self.lm, self.row, 0, blocks=BLOCKS, budgets=[budget], dense_layers=settings.dense_layers, seed=0
+                )
+                size = self.lm.family.block_size
+                out = self.lm.generate(self.row[:half].tolist(), max_new_tokens=BLOCKS * size, threshold=0.9)
+        finally:
+            self.lm.model.train(was_training)
+        recall = float(np.mean([block.recall[0] for block in found]))
+        return f"recall@{budget} {recall:.3f}; writes: {(out.text or str(out.tokens))!r}"
+
+
+def ideal_step_s(recipe: Recipe) -> float | None:
+    """Seconds that a recipe's optimizer step would take one of this machine's GPUs at its data sheet's peak.
+
+    None on a CPU, or a card that is not known.
+    """
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    peak = next((card.tflops for key, card in CARDS.items() if key.replace("-", "") in name), None)
+    return Estimate(recipe, *read_model(recipe)).model_flop() / (peak * 1e12) if peak else None

@@ -1,0 +1,159 @@
+"""Trackers and samples beside a run: what they get, and that none of them can end it."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import mage_tune.tracking as tracking_module
+import mage_tune.watch as watch_module
+from mage_tune.progress import summary
+from mage_tune.recipe import load_recipe
+from mage_tune.tracking import Tracking
+from mage_tune.trainer import train
+from mage_tune.watch import Samples, ideal_step_s
+from tests.test_engines import RECIPE
+
+QUICK = [
+    "data.length=64",
+    "objective.sparse_distillation.budget=16",
+    "train.rows=1",
+    "train.steps=3",
+    "train.save_every=9",
+]
+
+
+class Recorder:
+    """A tracker in memory that may fail at one of its methods."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.lines, self.is_finished = failing, [], False
+
+    def start(self, folder, run, config):
+        self.fail("start")
+        self.run, self.config = run, config
+        return self
+
+    def log(self, values, step):
+        self.fail("log")
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.fail("finish")
+        self.is_finished = True
+
+    def fail(self, where: str) -> None:
+        if where == self.failing:
+            raise RuntimeError(f"no {where}\ntoday")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(trackers, *overrides) -> folder, standard error; the trackers are STARTERS by name."""
+
+    def go(trackers, *overrides, **options):
+        monkeypatch.setattr(tracking_module, "STARTERS", {name: t.start for name, t in trackers.items()})
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        recipe = load_recipe(RECIPE, [*QUICK, f"output={folder}", *overrides])
+        return train(recipe, **options), capsys.readouterr().err
+
+    return go
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_every_tracker_gets_every_line(run):
+    trackers = {"trackio": Recorder(), "wandb": Recorder()}
+    folder, err = run(trackers, "train.trackers=[trackio, wandb]")
+    assert "warning" not in err
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for tracker in trackers.values():
+        assert [step for step, _ in tracker.lines] == [1, 2, 3]
+        assert [values["loss"] for _, values in tracker.lines] == [line["loss"] for line in lines]
+        assert {"diffusion", "query_alignment", "tokens_per_s", "grad_norm"} <= tracker.lines[0][1].keys()
+        assert tracker.run == "debug" and tracker.config["train"]["steps"] == 3
+        assert tracker.is_finished
+
+
+def test_trackers_that_fail_warn_once_and_change_nothing(run):
+    plain, _ = run({})
+    failing = {"trackio": Recorder("start"), "tensorboard": Recorder("log"), "wandb": Recorder("finish")}
+    folder, err = run(failing, "train.trackers=[trackio, tensorboard, wandb]")
+    for what in ("trackio does not start (no start", "tensorboard stopped (no log", "wandb did not finish (no finish"):
+        assert err.count(f"warning: train.trackers: {what} today); training goes on, metrics.jsonl has it all") == 1
+    assert err.count("warning: ") == 3
+    assert len(failing["wandb"].lines) == 3  # the others are served still
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    for name, weight in weights(plain).items():
+        assert torch.equal(weights(folder)[name], weight)
+
+
+def test_a_tracker_that_is_not_installed_warns(tmp_path, monkeypatch, capsys):
+    for name in ("trackio", "tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+        tracking = Tracking([name], tmp_path, "x", {}, Console(stderr=True))
+        tracking.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
+        assert tracking.trackers == {}
+        assert f"train.trackers: {name} does not start" in capsys.readouterr().err
+
+
+def test_trackio_and_wandb_are_started_with_the_runs_name(tmp_path, monkeypatch):
+    for name in ("trackio", "wandb"):
+        seen = {}
+        fake = ModuleType(name)
+        fake.init = lambda seen=seen, **options: seen.update(options) or Recorder()
+        monkeypatch.setitem(sys.modules, name, fake)
+        assert isinstance(tracking_module.STARTERS[name](tmp_path, "mine", {"seed": 1}), Recorder)
+        assert (seen["project"], seen["name"], seen["config"]) == ("mage_tune", "mine", {"seed": 1})
+
+
+def test_tensorboard_writes_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    tracker = tracking_module.STARTERS["tensorboard"](tmp_path, "x", {})
+    tracker.log({"loss": 1.5}, step=1)
+    tracker.finish()
+    [events] = (tmp_path / "tensorboard").glob("events*")
+    assert b"loss" in events.read_bytes()
+
+
+def test_samples_are_printed_and_change_nothing(run):
+    plain, _ = run({})
+    folder, err = run({}, "train.sample_every=2", watch=Samples)
+    assert err.count("writes: ") == 1
+    assert "step 2: recall@16 0." in err
+    for name, weight in weights(plain).items():
+        assert torch.equal(weights(folder)[name], weight)
+
+
+def test_samples_that_fail_warn_once(run, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no probe today")
+
+    monkeypatch.setattr(watch_module, "probe_window", broken)
+    folder, err = run({}, "train.sample_every=1", watch=Samples)
+    assert err.count("no more samples") == 1
+    assert "RuntimeError: no probe today" in err
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_utilisation_is_the_ideal_time_over_the_step(run, monkeypatch):
+    folder, _ = run({}, ideal_step_s=0.001)
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        assert line["mfu"] == pytest.approx(0.001 / line["step_s"])
+    assert "MFU 25%" in summary({"loss": 1.0, "tokens_per_s": 5.0, "mfu": 0.25})
+    recipe = load_recipe(RECIPE)
+    assert ideal_step_s(recipe) is None  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    on_h100 = ideal_step_s(recipe)
+    assert 0 < on_h100 < 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert ideal_step_s(recipe) == pytest.approx(on_h100 * 989 / 312)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some other card")
+    assert ideal_step_s(recipe) is None
