@@ -27,7 +27,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +61,8 @@ Key = tuple[str, int | None]
 
 STEPS = 8
 """Steps per block of the questions that are answered in a fixed number of them."""
+KEEP_EVERY = 30.0
+"""Seconds between two writings of a result under way, which costs a second or two."""
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,12 @@ def measure(
     batch: int,
     continuations: int,
     arms: Sequence[Arm] = SPARSE,
+    keep: Callable[[Measured], None] = lambda _: None,
 ) -> Measured:
-    """Probe windows, ask questions and continue text until all is done or the time is up; parts leave time to later."""
+    """Probe windows, ask questions and continue text until all is done or the time is up; parts leave time to later.
+
+    `keep` gets what there is after every unit, so that a run that is cut short loses one unit at most.
+    """
     windows = cut_windows(tokens, settings.context, settings.documents)
     tasks = tasks_of(lm, tokens, settings, continuations)
     parts = {task.name: [task] for task in tasks if task.name not in ("", "stepped_")}
@@ -326,11 +332,13 @@ def measure(
     answers: dict[str, dict[Key, list[Answered]]] = {task.name: defaultdict(list) for task in tasks}
     done: list[int] = []
     clock = Clock(seconds, [1.0] * (1 + len(parts)))
+    measured = Measured(probes, answers, done, clock.took)
     with progress(len(windows) + sum(map(len, batches.values()))) as advance:
         for number in clock.within("probes", window_order(len(windows))):
             for key, probed in probe_window(lm, windows[number], number, settings, arms).items():
                 probes[key].append(probed)
             done.append(number)
+            keep(measured)
             advance()
         for name, part in parts.items():
             for units in clock.within(name, batches[name]):
@@ -338,8 +346,9 @@ def measure(
                 for task, found in answer_all(lm, part, units, settings, cache, arms).items():
                     for key, answered in found.items():
                         answers[task][key] += answered
+                keep(measured)
                 advance()
-    return Measured(probes, answers, done, clock.took)
+    return measured
 
 
 def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
@@ -349,6 +358,8 @@ def unit_values(measured: Measured, key: Key) -> dict[str, np.ndarray]:
     if all(p.recall is not None for p in probes):
         values["recall"] = np.array([p.recall for p in probes], dtype=np.float64)
     for task, answers in measured.answers.items():
+        if not answers[key]:  # a run that was cut short
+            continue
         if task != "text_":
             values[f"{task}needles"] = np.array([a.is_right for a in answers[key]])
             values[f"{task}found"] = np.array([a.found for a in answers[key]])
@@ -467,16 +478,47 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_settings(settings, lm)
     tokens = load_ids(arguments.text, lm.tokenizer, lm.family)
     batch = max(1, arguments.batch or (32 if lm.device.type == "cuda" else 1))
+    about = {"text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "dtype": str(lm.dtype), "batch": batch}
+    about |= {"steps": min(STEPS, lm.family.block_size)}
+
+    last = time.perf_counter()
+
+    def keep(measured: Measured) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= KEEP_EVERY:
+            write(arguments.out, result_of(arguments, settings, about, measured))
+            last = time.perf_counter()
+
     measured = measure(
-        lm, tokens, settings, seconds=arguments.seconds, batch=batch, continuations=arguments.continuations
+        lm,
+        tokens,
+        settings,
+        seconds=arguments.seconds,
+        batch=batch,
+        continuations=arguments.continuations,
+        keep=keep,
     )
+    return result_of(arguments, settings, about, measured)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The results file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def result_of(
+    arguments: argparse.Namespace, settings: Eval, about: Mapping[str, Any], measured: Measured
+) -> dict[str, Any]:
+    """What the results file holds; `about` is what only the loaded model and text can tell."""
     return {
         "settings": {
             "model": shown(arguments.model),
             "adapter": shown(arguments.adapter),
             "text": shown(arguments.text),
-            "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-            "dtype": str(lm.dtype),
+            **about,
             "seed": SEED,
             "reveals": REVEALS,
             "context": settings.context,
@@ -489,8 +531,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "windows": {"given": settings.documents, "done": len(measured.windows), "numbers": measured.windows},
             "questions": {"given": arguments.questions, "done": measured.done("")},
             "continuations": {"given": arguments.continuations, "done": measured.done("text_")},
-            "steps": min(STEPS, lm.family.block_size),
-            "batch": batch,
             "seconds": {"given": arguments.seconds} | measured.seconds,
         },
         "environment": environment() | ({"commit": arguments.commit} if arguments.commit else {}),
@@ -537,8 +577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
     console = Console()
     print_table(result, console if console.is_terminal else Console(width=220))
     print(f"wrote {arguments.out}")

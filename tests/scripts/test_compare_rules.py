@@ -209,6 +209,17 @@ def test_all_units_are_done_when_there_is_time(checkpoint):
         assert {row[name]["n"] for row in result["rows"]} == {2}
 
 
+def test_a_run_that_is_cut_short_leaves_what_it_has(checkpoint, monkeypatch):
+    monkeypatch.setattr(script, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(script, "answer_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*checkpoint, *SMALL, "--budgets", "8", "--seconds", "600"])
+    result = json.loads(Path("results/rules.json").read_text())
+    assert len(result["settings"]["windows"]["numbers"]) == 3 and result["settings"]["questions"]["done"] == 0
+    assert {row["ce"]["n"] for row in result["rows"]} == {3} and "needles" not in result["rows"][0]
+    assert script.main(["--table", "results/rules.json"]) == 0
+
+
 def test_probes_alone(checkpoint):
     assert script.main([*checkpoint, *SMALL, "--seconds", "0", "--questions", "0", "--continuations", "0"]) == 0
     result = json.loads(Path("results/rules.json").read_text())
