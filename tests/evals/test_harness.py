@@ -102,13 +102,16 @@ def test_a_prompt_that_does_not_fit_is_refused_not_cut(lm):
         model.loglikelihood([scored("x" * 512, " y")])
 
 
-def test_options_that_cannot_be_are_refused(lm, tiny_backbone):
+def test_options_that_cannot_be_are_refused(lm, tiny_backbone, monkeypatch):
     with pytest.raises(ValueError, match="no option 'threshhold'"):
         HarnessLM(lm, threshhold=0.9)
     with pytest.raises(ValueError, match="batch_size 'auto'"):
         HarnessLM(lm, batch_size="auto")
     with pytest.raises(ValueError, match="max_length 513 is not between 2 and the model's 512 positions"):
         HarnessLM(lm, max_length=513)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here for 'cuda:0', which is lm-eval's default; give --device cpu"):
+        HarnessLM(lm, device="cuda:0")
     with pytest.raises(ValueError, match="no tokenizer"):
         HarnessLM(from_backbone(tiny_backbone()))
     with pytest.raises(ValueError, match="not defined under refresh"):
@@ -256,6 +259,9 @@ def test_choices_are_scored_by_likelihood(lm):
         best = max(range(3), key=lambda i: scores[i].log_probability)
         assert is_right == (best == document["answer"])
     assert "forwards" not in found.metrics
+    assert task.takes(Arm("base", "mage", 8))
+    assert not task.takes(Arm("base", "mage", 8, (("refresh", "draft"),)))
+    assert MadeTask(documents).takes(Arm("base", "mage", 8, (("refresh", "draft"),)))
 
 
 def test_worked_examples_are_the_same_in_every_arm(lm):

@@ -15,6 +15,9 @@ from mage_tune.evals.harness import build_tasks, longbench
 from mage_tune.evals.harness.longbench_metrics import METRICS, score
 from mage_tune.evals.harness.model import HarnessLM
 from mage_tune.evals.harness.options import LONGBENCH, PAPER_SIX
+from mage_tune.evals.run import measure
+from mage_tune.evals.store import Store
+from mage_tune.evals.suites import read_suite
 from mage_tune.evals.tasks import Arm, Defaults, Skipped
 from mage_tune.lm import BlockDiffusionLM, from_backbone
 
@@ -263,3 +266,21 @@ def test_every_task_runs_and_scores_what_was_answered(lm):
         assert math.isfinite(found.metrics["forwards"][0])
         assert found.settings["attention"]["rule"] == "mage"
         json.dumps([found.settings, record.facts, task.settings])
+
+
+def test_a_suite_runs_it_and_finds_its_arms_again(lm, tmp_path, monkeypatch):
+    """From YAML to results, as `mage-tune eval --suite` does it; a task without its data is skipped and named."""
+    (tmp_path / "suite.yaml").write_text(
+        "rules:\n- {rule: mage, budgets: [64]}\n"
+        "tasks:\n"
+        f"- {{kind: longbench, options: {{tasks: [trec, hotpotqa], path: '{OURS}'}}}}\n"
+        "- {kind: ruler, options: {tasks: [niah_single_2], lengths: [1024]}}\n"
+    )
+    plan = read_suite(str(tmp_path / "suite.yaml"))
+    found = measure(lm, plan, Store(tmp_path / "arms"), has_adapter=False)
+    assert list(found["tasks"]) == ["longbench_trec", "longbench_hotpotqa"]
+    assert "needs text from the web" in found["skipped"]["niah_single_2_1024"]
+    assert found["arms"]["base"]["longbench_hotpotqa.f1@mage 64"]["n"] == 2
+    monkeypatch.setattr(longbench.LongBenchTask, "run", lambda *args: pytest.fail("run again"))
+    again = measure(lm, read_suite(str(tmp_path / "suite.yaml")), Store(tmp_path / "arms"), has_adapter=False)
+    assert again["values"] == found["values"]

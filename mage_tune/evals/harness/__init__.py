@@ -46,7 +46,7 @@ def build_tasks(kind: str, options: Mapping[str, Any], defaults: Defaults) -> li
     """
     given = dict(options)
     if kind == "lm_eval":
-        lm_eval = read_options(LmEvalOptions, given)
+        lm_eval = read_options(kind, LmEvalOptions, given)
         if find_spec("lm_eval") is None:
             return [Missing(kind, name, defaults) for name in lm_eval.tasks]
         from mage_tune.evals.harness.lm_eval_task import LmEvalTask
@@ -61,13 +61,13 @@ def build_tasks(kind: str, options: Mapping[str, Any], defaults: Defaults) -> li
             )
         ]
     if kind == "ruler":
-        ruler = read_options(RulerOptions, given)
+        ruler = read_options(kind, RulerOptions, given)
         check_names("RULER task", ruler.tasks, RULER)
         if find_spec("lm_eval") is None:
             return [Missing(kind, "ruler", defaults)]
         return ruler_tasks(ruler.tasks, ruler, defaults)
     if kind == "longbench":
-        longbench = read_options(LongBenchOptions, given)
+        longbench = read_options(kind, LongBenchOptions, given)
         names = list(LONGBENCH) if longbench.tasks == "all" else longbench.tasks
         check_names("LongBench task", names, LONGBENCH)
         if find_spec("lm_eval") is None:

@@ -72,6 +72,11 @@ class LmEvalTask(Task):
         self.is_chat = False
         self.digest = ""
 
+    def takes(self, arm: Arm) -> bool:
+        """Levers change what later steps of a block see, which a likelihood does not know."""
+        likelihoods = any(task.OUTPUT_TYPE != "generate_until" for task in self.loaded.get("tasks", {}).values())
+        return not (likelihoods and arm.levers.is_used)
+
     # -- before anything is measured
 
     def prepare(self, lm: BlockDiffusionLM) -> str:

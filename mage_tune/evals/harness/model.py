@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -95,6 +96,8 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"mage_tune: generation has no option {sorted(unknown)[0]!r}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"mage_tune: batch_size {batch_size!r} is not a number of prompts")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"mage_tune: no GPU here for {device!r}, which is lm-eval's default; give --device cpu")
         if isinstance(pretrained, str):
             facts = {"revision": revision, "block_size": block_size, "mask_id": mask_id}
             pretrained = load(

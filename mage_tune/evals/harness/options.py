@@ -98,8 +98,8 @@ class LongBenchOptions(BenchmarkOptions):
     )
 
 
-def read_options(model: type[Options], options: dict[str, Any]) -> Options:
-    """Options as a suite gives them, checked.
+def read_options(kind: str, model: type[Options], options: dict[str, Any]) -> Options:
+    """Options as a suite gives them to `kind: ...`, checked.
 
     Raises:
         ValueError: one is unknown or cannot be; names it and, if it is near one, that.
@@ -110,8 +110,8 @@ def read_options(model: type[Options], options: dict[str, Any]) -> Options:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ValueError(f"unknown key {key!r}{near(key, model.model_fields)}") from None
-        raise ValueError(f"key {key!r}: {first['msg'].lower()}, got {first['input']!r:.60}") from None
+            raise ValueError(f"{kind}: unknown key {key!r}{near(key, model.model_fields)}") from None
+        raise ValueError(f"{kind}: key {key!r}: {first['msg'].lower()}, got {first['input']!r:.60}") from None
 
 
 def check_names(what: str, names: list[str], known: Any) -> None:
