@@ -130,6 +130,7 @@ def test_debug_shows_the_traceback(fake) -> None:
     def train(recipe: Recipe, **given: Any) -> Path:
         raise ValueError("from inside")
 
+    fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
     fake("mage_tune.trainer", train=train)
     with pytest.raises(ValueError, match="from inside"):
         main(["train", "debug", "--debug"])
@@ -158,6 +159,7 @@ def test_interrupt(call, fake) -> None:
     def train(recipe: Recipe, **given: Any) -> Path:
         raise KeyboardInterrupt
 
+    fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
     fake("mage_tune.trainer", train=train)
     code, out, err = call("train", "debug")
     assert (code, out) == (130, "")
@@ -169,6 +171,7 @@ def test_interrupt(call, fake) -> None:
 
 def test_train(call, fake, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
+    fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
     fake("mage_tune.trainer", train=lambda recipe, **given: seen.append(recipe) or Path("runs/x"))
     code, out, _ = call("train", "debug", "--set", "train.steps=3", "--set", "seed=9")
     assert code == 0
