@@ -136,21 +136,22 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
                 partial(rule_gaps, result, task),
             )
         )
-    scored = [task for kind in KINDS_SCORED for task in tasks_of(result, kind)]
-    scored += [task for task, facts in result["tasks"].items() if facts["kind"] not in KINDS_SCORED | KINDS_PROBED]
-    if scored:
-        is_needles = all(result["tasks"][task]["kind"] == "needles" for task in scored)
-        is_recipe = result["suite"] is None
-        plots.append(
-            make_plot(
-                "needles" if is_needles else "scores",
-                "Needles in a haystack" if is_needles else "Tasks",
-                ("Share of questions answered right" if is_recipe else "Score of every task (needles: values found)")
-                + ", and denoising forward passes per block, with exact and with sparse attention. Bars: 95 % "
-                "intervals.",
-                partial(score_bars, result, scored),
-            )
+    own = [task for kind in KINDS_SCORED for task in tasks_of(result, kind)]
+    if own:
+        is_needles = all(result["tasks"][task]["kind"] == "needles" for task in own)
+        title = "Needles in a haystack" if is_needles else "Needles and copies"
+        what = (
+            "share of questions answered right"
+            if result["suite"] is None
+            else "share of values found and of tokens copied"
         )
+        plots.append(score_plot(result, "needles" if is_needles else "scores", title, what, own))
+    others = dict.fromkeys(facts["kind"] for facts in result["tasks"].values())
+    for kind in others:
+        if kind not in KINDS_SCORED and kind not in KINDS_PROBED:
+            plots.append(
+                score_plot(result, f"scores_{kind}", kind, f"score in tasks of {kind}", tasks_of(result, kind))
+            )
     for task in tasks_of(result, "needles"):
         if "depths" in result["tasks"][task]["settings"]:
             plots.append(
@@ -175,13 +176,30 @@ def draw_plots(result: Result, log: list[dict[str, Any]]) -> list[Plot]:
     return plots
 
 
+def score_plot(result: Result, name: str, title: str, what: str, tasks: list[str]) -> Plot:
+    """Bars of some tasks; of many arms only exact attention and the first sparse one."""
+    readings = list(dict.fromkeys(reading for task in tasks for reading in result["tasks"][task]["arms"]))
+    shown, note = readings, ""
+    if len(readings) > 2 and len(tasks) * len(readings) > MOST_BARS:
+        shown, note = readings[:2], f" Of {len(readings)} arms these two; the tables above have all."
+    return make_plot(
+        name,
+        title,
+        f"{what.capitalize()}, and denoising forward passes per block, with exact and with sparse attention. Bars: "
+        f"95 % intervals.{note}",
+        partial(score_bars, result, tasks, shown),
+    )
+
+
 def dense_words(count: int) -> str:
     """ "The first 2 layers stay exact and are"."""
     return "The first layer stays exact and is" if count == 1 else f"The first {count} layers stay exact and are"
 
 
 KINDS_PROBED = frozenset({"text", "layers", "rules"})
-KINDS_SCORED = frozenset({"needles", "continuation"})
+KINDS_SCORED = ("needles", "continuation")
+MOST_BARS = 40
+"""Bars of one side in one panel; with more, only two arms are drawn."""
 
 
 def tasks_of(result: Result, kind: str) -> list[str]:
@@ -297,13 +315,13 @@ def rule_gaps(result: Result, task: str, theme: Theme) -> Figure:
     return figure
 
 
-def score_bars(result: Result, tasks: list[str], theme: Theme) -> Figure:
+def score_bars(result: Result, tasks: list[str], readings: list[str], theme: Theme) -> Figure:
     """Headline score and forwards per block: every task with every kind of attention."""
     shown = []
     for task in tasks:
         keys = keys_of(result, task)
-        score = next((info["metric"] for info in result["metrics"].values() if is_score(info, task)), None)
-        for reading in result["tasks"][task]["arms"]:
+        score = score_metric(result, task)
+        for reading in (reading for reading in result["tasks"][task]["arms"] if reading in readings):
             score_key, cost_key = keys.get((score or "", reading)), keys.get(("forwards", reading))
             name = next(info["shown"] for info in result["metrics"].values() if info["reading"] == reading)
             short = task.removeprefix(f"{result['tasks'][task]['kind']}_")
@@ -323,9 +341,10 @@ def score_bars(result: Result, tasks: list[str], theme: Theme) -> Figure:
     return figure
 
 
-def is_score(info: dict[str, Any], task: str) -> bool:
-    """Whether a number is a task's headline, and no cost."""
-    return bool(info["task"] == task and info["is_headline"] and not info["is_cost"])
+def score_metric(result: Result, task: str) -> str | None:
+    """A task's headline, else its first number; None where it only has costs."""
+    mine = [info for info in result["metrics"].values() if info["task"] == task and not info["is_cost"]]
+    return next((info["metric"] for info in mine if info["is_headline"]), mine[0]["metric"] if mine else None)
 
 
 def horizontal_bars(axes: Axes, found: dict[str, list[dict[str, float]]], names: list[str], theme: Theme) -> None:

@@ -29,6 +29,8 @@ FEWEST_UNITS = 6
 """Below this a difference is never called clear: five windows that agree are still chance one time in sixteen."""
 HARDLY_SPARSE = 0.1
 """Share of sparse steps below which a sparse arm compares next to nothing."""
+MOST_WORDS = 12
+"""Sentences of a summary; a longer one tells what stands out."""
 SAMPLES = 6
 """Sample answers shown per needle task."""
 
@@ -277,7 +279,12 @@ def summary(result: Result) -> list[tuple[Verdict | None, str]]:
             if info["reading"] == shown and (info["is_headline"] or info["is_cost"]) and key != headline_key(result)
         ]
     rows = [make_row(result, key) for key in wanted]
-    return [(row.verdict, sentence(row)) for row in rows] + [(None, words) for words in hardly_sparse(result)]
+    told = [(row.verdict, sentence(row)) for row in rows]
+    if len(told) > MOST_WORDS:  # a long suite: what stands out, and how much does not
+        out = [(verdict, words) for verdict, words in told[2:] if verdict in ("better", "worse")][:MOST_WORDS]
+        rest = f"{len(told) - 2 - len(out)} more numbers under sparse attention are in the tables below."
+        told = [*told[:2], *out, (None, rest)]
+    return told + [(None, words) for words in hardly_sparse(result)]
 
 
 def hardly_sparse(result: Result) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mage_tune.evals import report
-from mage_tune.evals.plots import LIGHT, depth_bins, found_by_depth, png, training_curves
+from mage_tune.evals.plots import LIGHT, depth_bins, found_by_depth, png, score_plot, training_curves
 from mage_tune.evals.report import (
     headline,
     html,
@@ -270,3 +270,31 @@ def test_a_sparse_arm_that_never_was_sparse_is_told(make_suite_result):
     result["tasks"]["needles_multi_query"]["sparse_share"]["quest 16"] = 0.02
     (told,) = [words for _, words in summary(result) if "Hardly any step" in words]
     assert told.startswith("Hardly any step of needles_multi_query was sparse (2 % under quest 16)")
+
+
+def test_a_suite_of_many_benchmarks_stays_readable(make_suite_result):
+    result = make_suite_result()
+    copied = {key: info for key, info in result["metrics"].items() if info["task"] == "needles_multi_query"}
+    for number in range(16):
+        name = f"ruler_{number}"
+        result["tasks"][name] = result["tasks"]["needles_multi_query"] | {"kind": "ruler"}
+        for key, info in copied.items():
+            new = key.replace("needles_multi_query", name)
+            result["metrics"][new] = info | {"task": name, "kind": "ruler"}
+            result["paired"][new] = result["paired"][key]
+            for side in result["arms"]:
+                for part in ("arms", "values", "against_exact"):
+                    if key in result[part][side]:
+                        result[part][side][new] = result[part][side][key]
+        for side in result["records"]:
+            result["records"][side][name] = result["records"][side]["needles_multi_query"]
+    words = summary(result)
+    assert len(words) <= 16
+    assert "more numbers under sparse attention are in the tables" in words[-1][1]
+    plot = score_plot(result, "scores_ruler", "RULER", "score", [name for name in result["tasks"] if "ruler" in name])
+    bars = Image.open(io.BytesIO(plot.light))
+    assert bars.height < 8 * bars.width
+    page = html(result, [plot])
+    assert "Of 3 arms these two" in page
+    assert "RULER: right answers" in page
+    assert len(page) < 1_500_000
