@@ -175,6 +175,8 @@ def training_facts(run: Run) -> dict[str, str]:
         "seed": str(recipe.seed),
         "device": str(run.versions["device"]),
     }
+    if recipe.model.quantise == "nf4":
+        facts["base model held in"] = "4 bits (NF4, scales quantised too)"
     if lines:
         facts["loss, first to last logged step"] = f"{lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}"
         facts["tokens/s (median)"] = f"{statistics.median(line['tokens_per_s'] for line in lines):,.0f}"

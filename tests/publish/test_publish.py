@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from mage_tune.lm import load
 from mage_tune.publish import Options, prepare
-from mage_tune.publish.card import check_metadata
-from mage_tune.publish.contents import is_hub_id, without_paths
+from mage_tune.publish.card import check_metadata, training_facts
+from mage_tune.publish.contents import is_hub_id, read_run, without_paths
 from mage_tune.publish.hub import HubError
 from mage_tune.recipe import load_recipe
 from tests.publish.fake_hub import CARD, TOKEN
@@ -182,6 +183,15 @@ def test_metadata_that_the_hub_would_refuse_is_refused_here(change, field):
     check_metadata(good)
     with pytest.raises(ValueError, match=field):
         check_metadata(good | change)
+
+
+def test_the_card_tells_of_a_base_held_in_four_bits(unevaluated):
+    run = read_run(unevaluated)
+    told = "base model held in"
+    assert told not in training_facts(run)
+    model = run.recipe.model.model_copy(update={"quantise": "nf4"})
+    quantised = replace(run, recipe=run.recipe.model_copy(update={"model": model}))
+    assert training_facts(quantised)[told] == "4 bits (NF4, scales quantised too)"
 
 
 def test_an_unevaluated_run_needs_a_flag_and_its_card_says_so(hub, client, unevaluated):
