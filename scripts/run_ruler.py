@@ -70,16 +70,24 @@ def main() -> int:
     found["settings"] |= {"model": shown(arguments.model), "adapter": shown(arguments.adapter), "dtype": str(lm.dtype)}
     found["settings"]["cache"] = None  # a place on one machine
     found["environment"] = environment() | ({"commit": arguments.commit} if arguments.commit else {})
-    if arguments.check:
-        found["check"] = check(lm, tasks, arguments.check)
     found["command"] = " ".join(["python", "scripts/run_ruler.py", *map(shown_word, sys.argv[1:])])
     found["minutes"] = round((time.perf_counter() - started) / 60, 2)
     print_scores(found)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.out, json.dumps(found, indent=1) + "\n")
-        print(f"written to {arguments.out} after {found['minutes']} minutes")
+    write(found, arguments.out)
+    if arguments.check:
+        found["check"] = check(lm, tasks, arguments.check)
+        for name, both in found["check"].items():
+            print(f"{name}: plain loop {both['loop']}, harness {both['harness']}, {both['same_text']} texts the same")
+        write(found, arguments.out)
     return 0
+
+
+def write(found: dict[str, Any], out: Path | None) -> None:
+    """Keep what was found, where it is wanted."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, json.dumps(found, indent=1) + "\n")
+        print(f"written to {out}; measured in {found['minutes']} minutes", flush=True)
 
 
 def shown_word(word: str) -> str:
