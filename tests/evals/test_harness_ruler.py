@@ -2,8 +2,10 @@
 
 import json
 import random
+import runpy
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import requests
@@ -18,6 +20,7 @@ from mage_tune.evals.tasks import Arm, Defaults, Skipped
 from mage_tune.lm import BlockDiffusionLM, from_backbone
 
 DEFAULTS = Defaults(seed=3, threshold=0.9)
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_ruler.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,14 +164,6 @@ def test_a_task_scores_what_a_plain_loop_scores(lm, tmp_path):
     assert task.headline == "recall"
 
 
-def test_one_answer_is_right_or_wrong(lm, tmp_path):
-    (task,) = build_tasks(
-        "ruler", {"tasks": ["niah_single_1"], "lengths": [1024], "limit": 1, "cache": str(tmp_path)}, DEFAULTS
-    )
-    task.prepare(lm)
-    assert task.run(lm, Arm("base", "mage", 64), lambda: None).metrics["recall"] == [False]
-
-
 def test_lengths_that_cannot_be_are_refused(lm, tmp_path, tokenizer):
     options = {"tasks": ["niah_single_1"], "limit": 1, "cache": str(tmp_path)}
     (long,) = build_tasks("ruler", options | {"lengths": [4096]}, DEFAULTS)
@@ -199,3 +194,27 @@ def test_a_prompt_that_lost_something_is_refused(lm, tmp_path):
     file.write_text(json.dumps(kept | {"samples": [longer]}))
     with pytest.raises(ValueError, match="exceed 1024 tokens; nothing is cut silently"):
         task.prepare(lm)
+
+
+def test_the_script_writes_checks_and_goes_on(tiny_backbone, tokenizer, converted_checkpoint, tmp_path, monkeypatch):
+    backbone = tiny_backbone("converted", vocab_size=2400, max_positions=2048, block_size=8)
+    facts = replace(backbone.family, stop_ids=(1,), mask_id=2)
+    folder = converted_checkpoint(replace(backbone, tokenizer=tokenizer, family=facts))
+    out = tmp_path / "ruler.json"
+    where = ["--cache", str(tmp_path / "samples"), "--folder", str(tmp_path / "arms"), "--out", str(out)]
+    what = ["--tasks", "niah_single_1", "--lengths", "1024", "--limit", "2", "--budget", "64", "--check", "2"]
+    monkeypatch.setattr("sys.argv", ["run_ruler.py", str(folder), *what, *where, "--commit", "abc"])
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main() == 0
+    found = json.loads(out.read_text())
+    assert found["environment"]["commit"] == "abc"
+    assert found["check"]["niah_single_1_1024"] == {"loop": [0.0, 0.0], "harness": [0.0, 0.0], "same_text": 2}
+    arms = {f"niah_single_1_1024.{m}@{r}" for r in ("exact", "mage 64") for m in ("recall", "forwards")}
+    assert set(found["arms"]["base"]) == arms
+    # One answer is right or wrong, so that its mean is a share with Wilson's interval.
+    assert found["values"]["base"]["niah_single_1_1024.recall@mage 64"] == [False, False]
+    assert found["arms"]["base"]["niah_single_1_1024.recall@exact"]["high"] > 0.5
+    assert str(tmp_path) not in out.read_text()
+    monkeypatch.setattr(RulerTask, "run", lambda *args: pytest.fail("run again"))
+    assert main() == 0
+    assert json.loads(out.read_text())["values"] == found["values"]
