@@ -33,7 +33,7 @@ def conditions(record: dict[str, Any], units: str) -> str:
         f"{settings['documents']} held-out windows of {settings['context']} tokens, {settings['blocks']} blocks each, "
         f"{units}first {settings['dense_layers']} layers dense, {settings['dtype'].removeprefix('torch.')}, "
         f"{made_with['device']}, torch {made_with['torch']}, transformers {made_with['transformers']}, "
-        f"commit {record['environment']['commit']}."
+        f"commit {made_with['commit'][:7]}."
     )
 
 
