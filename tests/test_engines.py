@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mage_tune.cli import main
 from mage_tune.engines import ENGINES, config_file
-from mage_tune.recipe import load_recipe
+from mage_tune.recipe import load_recipe, resolved_yaml
 from mage_tune.trainer import check_engine, micro_steps_per_process, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,8 +105,9 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, together, tmp_pat
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
     for file in folder.glob("adapter*"):
         file.unlink()
-    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace(str(together), str(folder)))
-    train(load_recipe(RECIPE, [*CHANGES, f"output={folder}"]))
+    recipe = load_recipe(RECIPE, [*CHANGES, f"output={folder}"])
+    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
+    train(recipe)
     assert_same_run(folder, alone)
 
 

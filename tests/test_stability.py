@@ -219,8 +219,12 @@ def test_a_second_signal_stops_at_once(recipe, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MageTrainer, "compute_loss", twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born ignoring it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_to_the_command_and_its_workers(tmp_path):
