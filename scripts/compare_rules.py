@@ -50,6 +50,7 @@ from mage_tune.evals.needles import TASKS, NeedlePrompt, needle_prompts
 from mage_tune.evals.probes import REVEALS
 from mage_tune.evals.run import SEED, check_settings, cut_windows, progress, shown
 from mage_tune.evals.stats import estimate, paired_difference
+from mage_tune.evals.store import write_whole
 from mage_tune.evals.windows import Probed, Window, choose, look_everywhere, probe_arm
 from mage_tune.evals.windows import open_window as open_seeded
 from mage_tune.lm import BlockDiffusionLM
@@ -504,9 +505,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def write(path: Path, result: dict[str, Any]) -> None:
     """The results file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def result_of(

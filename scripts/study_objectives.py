@@ -48,6 +48,7 @@ from mage_tune.decode.steps import Levers
 from mage_tune.environment import environment
 from mage_tune.evals.run import cut_windows
 from mage_tune.evals.stats import estimate, paired_difference
+from mage_tune.evals.store import write_whole
 from mage_tune.lm import BlockDiffusionLM
 from mage_tune.recipe import Eval, load_recipe
 from mage_tune.recipe_schema import Objective
@@ -353,7 +354,7 @@ class Results:
         unharmed = {name: gap for name, gap in gaps.items() if gap is not None}
         self.content["best"] = min(unharmed, key=lambda name: unharmed[name]) if unharmed else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
