@@ -70,7 +70,7 @@ NEEDLES, PROMPTS = 13, 32
 """Needles in a haystack; questions, copies and continuations decoded."""
 KEYS = 128
 """The budget that arms are judged at."""
-TASK_BUDGETS = (32, 128)
+TASK_BUDGETS = (8, 128)
 """Budgets of the tasks that are decoded."""
 MOST_HARM = 0.01
 """Exact cross-entropy, nats, that an objective may cost and still win."""
