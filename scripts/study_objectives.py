@@ -399,6 +399,7 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
         "learning_rate": LEARNING_RATE,
         "budgets": BUDGETS,
         "contexts": CONTEXTS,
+        "task_budgets": TASK_BUDGETS,
         "dense_layers": 2,
     }
     results.content |= {"settings": given, "environment": environment() | ({"commit": commit} if commit else {})}
@@ -479,21 +480,23 @@ def join(paths: Sequence[Path], results: Results) -> None:
 def markdown(content: dict[str, Any]) -> str:
     """The tables of docs/objectives.md."""
     base = content["base"]
+    decoded = [arm for arm in base["needles"] if arm != "exact"]
+    few, many = decoded[0], decoded[-1]
     lines = [
         f"| arm | seeds | gap@{KEYS} | gap@{BUDGETS[0]} | gap@{BUDGETS[-1]} | gap@{KEYS}, {max(CONTEXTS)} tokens "
-        f"| recall@{KEYS} | exact CE | answers CE | found@{TASK_BUDGETS[0]} | copied@{TASK_BUDGETS[0]} "
-        f"| forwards@{TASK_BUDGETS[-1]} | minutes |",
+        f"| recall@{KEYS} | exact CE | answers CE | {few.replace('mage ', 'found@')} "
+        f"| {few.replace('mage ', 'copied@')} | {many.replace('mage ', 'forwards@')} | minutes |",
         "|---|" + "---:|" * 12,
     ]
     names = list(dict.fromkeys(arm["name"] for arm in content["arms"]))
     for name in ("base", *names):
         seeds = [base] if name == "base" else [arm for arm in content["arms"] if arm["name"] == name]
-        lines.append("| " + " | ".join([name, *cells(seeds)]) + " |")
+        lines.append("| " + " | ".join([name, *cells(seeds, few, many)]) + " |")
     return "\n".join(lines) + "\n\n" + levers_table(content)
 
 
-def cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over the seeds of an arm."""
+def cells(seeds: Sequence[dict[str, Any]], few: str, many: str) -> list[str]:
+    """Means over the seeds of an arm; what is decoded with few and with many keys by the names it has in the file."""
 
     def mean(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
         return f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
@@ -510,9 +513,9 @@ def cells(seeds: Sequence[dict[str, Any]]) -> list[str]:
         mean([arm["recall_text"][str(KEYS)] for arm in seeds]),
         mean(harm, sign=True) if harm else "",
         mean(answers, sign=True) if answers else "",
-        mean([arm["needles"][f"mage {TASK_BUDGETS[0]}"]["mean"] for arm in seeds], 2),
-        mean([arm["copied"][f"mage {TASK_BUDGETS[0]}"]["mean"] for arm in seeds], 2),
-        mean([arm["forwards_per_block"][f"mage {TASK_BUDGETS[-1]}"]["mean"] for arm in seeds], 1),
+        mean([arm["needles"][few]["mean"] for arm in seeds], 2),
+        mean([arm["copied"][few]["mean"] for arm in seeds], 2),
+        mean([arm["forwards_per_block"][many]["mean"] for arm in seeds], 1),
         mean([arm["minutes"] for arm in seeds], 1) if "minutes" in seeds[0] else "",
     ]
 
