@@ -32,14 +32,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_kernels import BLOCK, BUDGET, Call, Inputs, Shape, graph_ms  # noqa: E402  (puts the tree on the path)
-from mage_kernels.compact import compact  # noqa: E402
-from mage_kernels.exact_attention import best_tile, exact_attention  # noqa: E402
-from mage_kernels.key_scores import mean_logit, tile_mass  # noqa: E402
-from mage_kernels.online_softmax import LOG2_E  # noqa: E402
-from mage_kernels.select_keys import select_keys  # noqa: E402
-from mage_kernels.small_attention import small_attention  # noqa: E402
-from mage_tune.environment import environment  # noqa: E402
+from bench_kernels import BLOCK, BUDGET, Call, Inputs, Shape, graph_ms
+
+from mage_kernels.compact import compact
+from mage_kernels.exact_attention import best_tile, exact_attention
+from mage_kernels.key_scores import mean_logit, tile_mass
+from mage_kernels.online_softmax import LOG2_E
+from mage_kernels.select_keys import select_keys
+from mage_kernels.small_attention import small_attention
+from mage_tune.environment import environment
 
 CONTEXT, TILE = 131072, 128
 FP8 = torch.float8_e4m3fn
