@@ -6,7 +6,7 @@
 Four changes, none of them part of the decoder (the last one's speed, and the others', is scripts/bench_further.py):
 
     large budget    0 dense layers and more keys, instead of 2 dense layers
-    fp8             the first step is exact, but keys are scored from an e4m3 copy of the cache, scaled by channel or head
+    fp8             the first step is exact, but keys are scored from an e4m3 copy of them, scaled by channel or head
     keys-only       the first step is sparse too: layer by layer its all-[MASK] queries score every cached key, the best
                     ones are chosen, and it attends to those alone; later layers' queries come from sparse outputs. With
                     fp8, or with the block-average query in place of all of them, as options
@@ -54,13 +54,13 @@ PREDICTIONS = {
     "large budget": "0 dense layers lose more than 2 at the same budget, but 512 keys without dense layers lose less "
     "than 128 keys with two",
     "fp8": "at least 97 % of mage's keys; gap within 0.002 nats of mage's; channel no better than head",
-    "keys-only": "80 to 90 % of mage's keys; gap within 0.02 nats of mage's at 128 keys, within 0.005 at 512; the first "
+    "keys-only": "80 to 90 % of mage's keys; gap within 0.02 nats of mage's at 128 keys, 0.005 at 512; the first "
     "step itself loses about as much as later steps do under mage",
     "keys-only, mean query": "clearly worse than all queries",
     "fused commit": "the same up to rounding",
 }
 DEFINITIONS = {
-    "ce_gap": "cross-entropy of the still masked tokens of partly revealed blocks minus that with exact attention, nats; "
+    "ce_gap": "cross-entropy of the still masked tokens of partly revealed blocks minus exact attention's, nats; "
     "mean over reveals and blocks of a window, paired by window, with 95 % bootstrap intervals",
     "first_ce_gap": "the same at the all-[MASK] step; null where that step is exact",
     "recall": "share of the keys that mage chooses with this budget and these dense layers that the arm chooses too",
