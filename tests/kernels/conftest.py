@@ -4,9 +4,11 @@ The interpreter must be chosen before Triton is first imported, which the rest o
 these files are collected only in a process started with TRITON_INTERPRET=1; `test_in_interpreter.py` starts one.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,30 @@ collect_ignore = (
     [] if IS_INTERPRETED or HAS_GPU else [f.name for f in HERE.glob("test_*.py") if f.name not in ELSEWHERE]
 )
 torch.set_num_threads(1)
+
+
+def patch_the_language_once() -> None:
+    """Half the time of interpreted kernels went into looking through Triton's whole language at every function call.
+
+    The interpreter puts its own operations in place for a launch, and again for every function that a kernel calls,
+    where nothing is left to replace. A package is replaced whole or not at all, so that one of its names tells.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    patch, names = interpreter._patch_builtin, {}
+
+    def patch_what_is_not(package: Any, *rest: Any) -> None:
+        if package not in names:
+            names[package] = next(name for name, member in inspect.getmembers(package) if is_builtin(member))
+        if is_builtin(getattr(package, names[package])):
+            patch(package, *rest)
+
+    interpreter._patch_builtin = patch_what_is_not
+
+
+if IS_INTERPRETED:
+    patch_the_language_once()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` is looked at
