@@ -167,7 +167,7 @@ class Layer:
         """Compaction and attention to the chosen keys."""
         i = self.inputs
         compact(i.key, i.value, chosen.index, chosen.count, *self.front, impl="triton")
-        return small_attention(i.query, *self.front, chosen.count, i.scale, own=BLOCK, impl="triton")
+        return small_attention(i.query, *self.front, chosen.count, i.scale, own=BLOCK, impl="triton")[0]
 
     def keys_only(self, *, fp8: bool) -> Tensor:
         """All of it: masses, choice, attention."""
@@ -241,8 +241,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
             parts[what] = round(graph_ms(calls), 5)
         except (RuntimeError, ValueError) as error:  # one part less must not cost the rest of a lent GPU's time
             failed[what] = f"{type(error).__name__}: {error}"[:300]
-    row = {"shape": name, "batch": batch, "context": CONTEXT, "budget": BUDGET, "layers": shape.layers}
-    return row | {
+    return {
         "checks": checked,
         "layer_ms": parts,
         "failed": failed,
@@ -278,7 +277,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
-    started, rows = time.monotonic(), []
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
     facts = environment() | ({"commit": arguments.commit} if arguments.commit else {})
     about = {"environment": facts, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     about |= {"predictions": PREDICTIONS, "measured": "layer_ms", "derived": "saved_ms_per_block"}
@@ -286,7 +286,12 @@ def main() -> None:
         if time.monotonic() - started > arguments.seconds:
             print(f"out of time before {name} b={batch}")
             break
-        rows.append(measure(name, batch))
+        row = {"shape": name, "batch": batch, "context": CONTEXT, "budget": BUDGET, "layers": SHAPES[name][0].layers}
+        try:
+            row |= measure(name, batch)
+        except (AssertionError, RuntimeError, ValueError) as error:  # the other cases may still run
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
         result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}

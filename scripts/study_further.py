@@ -178,6 +178,7 @@ def choose_while_sparse(window: Window, rules: Sequence[Rule]) -> tuple[list[Sel
 def first_losses(window: Window, hidden: Tensor, times: int = 1) -> list[float]:
     """Mean cross-entropy at the all-[MASK] step of each of `times` stacks; hidden: (times * blocks, B, H)."""
     blocks = len(window.lengths)
+    assert window.lm.family.mask_id is not None
     is_masked = window.start.eq(window.lm.family.mask_id)
     losses = [
         masked_cross_entropy(
@@ -346,7 +347,9 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = load_ids(arguments.text, lm.tokenizer, lm.family)
     windows = cut_windows(tokens, arguments.context, arguments.windows)
     arms = arms_of(arguments.budgets, arguments.large)
-    begin, last, done, measured = time.perf_counter(), 0.0, [], []
+    begin, last = time.perf_counter(), 0.0
+    done: list[int] = []
+    measured: list[tuple[float, float, dict[Key, Probed]]] = []
     result: dict[str, Any] = {
         "settings": {
             "model": shown(arguments.model),
@@ -364,6 +367,7 @@ def run(arguments: argparse.Namespace) -> None:
         "definitions": DEFINITIONS,
         "predictions": PREDICTIONS,
     }
+    assert lm.family.mask_id is not None
     start = torch.full((1, lm.family.block_size), lm.family.mask_id, device=lm.device)
     result["fused_commit"] = compare_fused(lm.model, windows[0].tolist(), start, Mage(budget=128, dense_layers=0))
     print("fused commit:", result["fused_commit"], flush=True)
