@@ -3,7 +3,7 @@
     python scripts/bench_further.py results/further_h100.json --seconds 34
 
 Times of one layer, bf16, block of 32, prefix of 131,072, as medians of CUDA-graph replays; a saving per block is
-derived from them: times layers, nothing else of the engine is run. Three changes (quality: scripts/study_further.py):
+derived from them: times layers, nothing else of the engine is run. Four changes (quality: scripts/study_further.py):
 
     keys-only       instead of the exact first step with its scores: tile masses from the keys alone (the kernel below),
                     choice in every layer, and attention to the chosen keys
@@ -11,6 +11,7 @@ derived from them: times layers, nothing else of the engine is run. Three change
     fused commit    exact attention of twice the rows, and matrix products of twice the tokens, instead of two passes of
                     each. Twice the rows run without the mask that hides the next block from the finished one, and with
                     the scores of all rows where those of half would do
+    large budget    no dense layers and more keys in every sparse step, instead of two dense layers
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="misc"
@@ -42,7 +43,8 @@ from mage_kernels.select_keys import select_keys
 from mage_kernels.small_attention import small_attention
 from mage_tune.environment import environment
 
-CONTEXT, TILE = 131072, 128
+CONTEXT, TILE, STEPS = 131072, 128, 32
+BUDGETS = (128, 512, 1024)
 FP8 = torch.float8_e4m3fn
 SHAPES = {"7B": (Shape("7B", 28, 4, 28), 3584, 18944), "1.5B": (Shape("1.5B", 12, 2, 28), 1536, 8960)}
 """Name -> (attention heads and layers, hidden size, width of the MLP)."""
@@ -51,6 +53,8 @@ PREDICTIONS = {
     "keys-only": "half the bytes of the exact step's attention, but one choice per layer instead of one for all: saves "
     "0 to 1 ms per block at 7B b=1 (under 0.5 %), 8 ms at 7B b=8 (2.5 %)",
     "fp8": "bound by arithmetic and the softmax, not by bytes: at most 10 % faster than keys-only in bf16",
+    "large budget": "1,024 keys for two dense layers with 512 keep 80 % of what dropping these layers saves at b=8 "
+    "(58 ms of 399 for 7B) and about nothing at b=1",
     "fused commit": "7B b=1: 5.5 ms of 211 (one reading of the weights, little of attention, whose twice as many rows "
     "are bound by arithmetic); 7B b=8: 5 to 10 ms; 1.5B b=8: 5 ms",
 }
@@ -169,6 +173,14 @@ class Layer:
         compact(i.key, i.value, chosen.index, chosen.count, *self.front, impl="triton")
         return small_attention(i.query, *self.front, chosen.count, i.scale, own=BLOCK, impl="triton")[0]
 
+    def attend_budget(self, budget: int) -> Call:
+        """Attention to so many keys, compacted earlier: a layer of a sparse step."""
+        i = self.inputs
+        slots = (i.batch, i.shape.kv_heads, budget + BLOCK, i.shape.head_dim)
+        key, value = torch.randn(slots, device="cuda").bfloat16(), torch.randn(slots, device="cuda").bfloat16()
+        count = torch.full(slots[:2], budget, dtype=torch.int32, device="cuda")
+        return lambda: small_attention(i.query, key, value, count, i.scale, own=BLOCK, impl="triton")
+
     def keys_only(self, *, fp8: bool) -> Tensor:
         """All of it: masses, choice, attention."""
         return self.attend(self.choose(self.masses(fp8=fp8)))
@@ -232,6 +244,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
             lambda i=y.inputs: mean_logit(i.query, i.key, i.lengths, i.scale, impl="triton") for y in layers
         ],
     }
+    of_all |= {sparse_part(k): [layer.attend_budget(k) for layer in layers] for k in BUDGETS}
     for times, what in ((1, "products"), (2, "products, twice the tokens")):
         of_all[what] = product_calls(shape, hidden, width, times * batch * BLOCK)
     parts: dict[str, float] = {}
@@ -249,21 +262,33 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     }
 
 
-SAVINGS: dict[str, dict[str, int]] = {
-    "keys-only": {"exact, scores": 1, "keys-only": -1},
-    "keys-only, fp8": {"exact, scores": 1, "keys-only, fp8": -1},
-    "fused commit, attention": {"exact": 1, "exact, scores": 1, "exact, twice the rows, scores": -1},
-    "fused commit, products": {"products": 2, "products, twice the tokens": -1},
-}
-"""How a saving in one layer follows from the parts. Keys-only contains its choice; MAGE's own, made for all layers at
-once, is no part of this (select_ms in results/decode_h100.json) and comes on top."""
+def sparse_part(budget: int) -> str:
+    """Name of a sparse step's attention in one layer."""
+    return f"sparse attention, {budget} keys"
 
 
 def savings(parts: dict[str, float], layers: int) -> dict[str, float]:
-    """Derived: what each change saves per output block, in ms; negative where it costs; left out if a part failed."""
+    """Derived: what each change saves per output block, in ms; negative where it costs; left out if a part failed.
+
+    Keys-only contains its choice; MAGE's own, made for all layers at once, is no part of this (select_ms in
+    results/decode_h100.json) and comes on top.
+    """
+    per_block = {
+        "keys-only": {"exact, scores": layers, "keys-only": -layers},
+        "keys-only, fp8": {"exact, scores": layers, "keys-only, fp8": -layers},
+        "fused commit, attention": {"exact": layers, "exact, scores": layers, "exact, twice the rows, scores": -layers},
+        "fused commit, products": {"products": 2 * layers, "products, twice the tokens": -layers},
+    }
+    sparse = STEPS - 1
+    for few, many in ((128, 512), (512, 1024)):
+        per_block[f"{many} keys instead of {few} and 2 dense layers"] = {
+            "exact": 2 * sparse,
+            sparse_part(few): (layers - 2) * sparse,
+            sparse_part(many): -layers * sparse,
+        }
     return {
-        what: round(layers * sum(times * parts[part] for part, times in terms.items()), 4)
-        for what, terms in SAVINGS.items()
+        what: round(sum(times * parts[part] for part, times in terms.items()), 4)
+        for what, terms in per_block.items()
         if terms.keys() <= parts.keys()
     }
 
