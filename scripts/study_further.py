@@ -2,6 +2,7 @@
 
     python scripts/study_further.py models/smollm2-135m-diffusion data/debian-docs/heldout.u16.npy \\
         results/further_h100.json --seconds 120
+    python scripts/study_further.py --table results/further_h100.json     # the Markdown tables of docs/performance.md
 
 Four changes, none of them part of the decoder (the last one's speed, and the others', is scripts/bench_further.py):
 
@@ -341,6 +342,61 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"{row['label']:28} {row['dense_layers']:5} {row['budget']:5}  {figures} {row['recall']['mean']:.3f}")
 
 
+def interval(found: Mapping[str, float] | None) -> str:
+    """`+0.012 (+0.010 to +0.014)`."""
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})" if found else "-"
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every arm and budget, in Markdown."""
+    lines = [
+        "| | dense layers | k | CE gap | minus mage's | first step | mage's keys |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows[1:]:
+        gaps = [interval(row.get(name)) for name in ("ce_gap", "against_mage", "first_ce_gap")]
+        cells = [row["label"], row["dense_layers"], row["budget"], *gaps, f"{row['recall']['mean']:.3f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def speed_tables(rows: Sequence[Mapping[str, Any]], blocks: Mapping[tuple[str, int], float]) -> str:
+    """What was measured for one layer, and what follows from it per block, in Markdown.
+
+    Args:
+        rows: of scripts/bench_further.py; a case that failed has no figures.
+        blocks: (model, batch) -> ms of mage's whole block, to set the savings beside.
+    """
+    rows = [row for row in rows if "layer_ms" in row]
+    head = [f"{row['shape']} b={row['batch']}" for row in rows]
+    tables = []
+    for title, name in (("one layer, ms", "layer_ms"), ("saved per block, ms", "saved_ms_per_block")):
+        lines = [f"| {title} | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+        for what in dict.fromkeys(what for row in rows for what in row[name]):
+            cells = []
+            for row in rows:
+                ms, block = row[name].get(what), blocks.get((row["shape"], row["batch"]))
+                share = f" ({ms / block:+.1%})" if ms is not None and block and name != "layer_ms" else ""
+                cells.append("-" if ms is None else f"{ms:.4f}" if name == "layer_ms" else f"{ms:+.2f}{share}")
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def tables(path: Path) -> str:
+    """All tables of a result; shares are of mage's block in decode_h100.json beside it, where that is."""
+    result, decoded, blocks = json.loads(path.read_text()), path.with_name("decode_h100.json"), {}
+    if decoded.is_file():
+        for row in json.loads(decoded.read_text())["rows"]:
+            is_meant = (row["rule"], row["dense_layers"], row["budget"], row["steps"]) == ("mage", 0, 512, 32)
+            if is_meant and row["context"] == 131072 and row["graph"]:
+                blocks[row["model"], row["batch"]] = row["block_ms"]
+    parts = [quality_table(result["rows"])] if "rows" in result else []
+    if "speed" in result:
+        parts.append(speed_tables(result["speed"]["rows"], blocks))
+    return "\n\n".join(parts)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure window after window until all are done or the time is over, writing what there is after each."""
     lm = load(arguments.model, dtype="float32", device=arguments.device)
@@ -391,9 +447,10 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="checkpoint folder or Hub id")
-    parser.add_argument("text", help="held-out text or its token ids (.npy)")
-    parser.add_argument("out", type=Path, help="JSON file to write, in results/")
+    parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
+    parser.add_argument("text", nargs="?", help="held-out text or its token ids (.npy)")
+    parser.add_argument("out", nargs="?", type=Path, help="JSON file to write, in results/")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the Markdown tables of a result")
     parser.add_argument("--seconds", type=float, default=120.0, help="time for measuring, loading not counted")
     parser.add_argument("--windows", type=int, default=96, help="windows to probe at most")
     parser.add_argument("--blocks", type=int, default=8, help="blocks probed per window")
@@ -402,8 +459,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--large", type=int, nargs="+", default=[256, 1024], help="more budgets for mage alone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="the toolkit's commit, where the run is made on a copy without its history")
+    arguments = parser.parse_args(argv)
+    if arguments.table is None and arguments.out is None:
+        parser.error("give MODEL, TEXT and OUT, or --table JSON")
     try:
-        run(parser.parse_args(argv))
+        if arguments.table is not None:
+            print(tables(arguments.table))
+        else:
+            run(arguments)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

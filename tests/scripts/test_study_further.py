@@ -194,6 +194,15 @@ def test_the_file_holds_every_row(tmp_path, monkeypatch, tiny_backbone, converte
         assert ("against_mage" in row) == (row["label"] != "mage")
     assert set(rows[2]["against_dense"]) == {"8", "16"} and rows[0]["against_dense"] is None
     assert capsys.readouterr().out.count("keys-only, mean query") == 2
+    speed = {"shape": "7B", "batch": 1, "layer_ms": {"exact": 0.1}, "saved_ms_per_block": {"keys-only": -0.5}}
+    decoded = {"model": "7B", "batch": 1, "context": 131072, "rule": "mage", "dense_layers": 0, "budget": 512}
+    decoded |= {"steps": 32, "graph": True, "block_ms": 200.0}
+    failed = {"shape": "7B", "batch": 8, "failed": "AssertionError: far"}
+    Path("results/further.json").write_text(json.dumps(result | {"speed": {"rows": [speed, failed]}}))
+    Path("results/decode_h100.json").write_text(json.dumps({"rows": [decoded]}))
+    assert script.main(["--table", "results/further.json"]) == 0
+    tables = capsys.readouterr().out
+    assert tables.count("\n| keys-only |") == 3 and "| -0.50 (-0.2%) |" in tables and "| exact | 0.1000 |" in tables
     assert script.main([*given, "--context", "4096"]) == 2
     assert "error: " in capsys.readouterr().err
 
