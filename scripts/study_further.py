@@ -349,14 +349,22 @@ def interval(found: Mapping[str, float] | None) -> str:
 
 def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every arm and budget, in Markdown."""
-    lines = [
-        "| | dense layers | k | CE gap | minus mage's | first step | mage's keys |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| | dense layers | k | CE gap | minus mage's | first step | mage's keys |", "|---" * 7 + "|"]
     for row in rows[1:]:
         gaps = [interval(row.get(name)) for name in ("ce_gap", "against_mage", "first_ce_gap")]
         cells = [row["label"], row["dense_layers"], row["budget"], *gaps, f"{row['recall']['mean']:.3f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def budget_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mage without dense layers minus mage with two, budget against budget, in Markdown."""
+    large = [row for row in rows if row.get("against_dense")]
+    dense = list(large[0]["against_dense"])
+    lines = [f"| 0 dense layers, k | {' | '.join(f'minus 2 dense, k = {k}' for k in dense)} |"]
+    lines.append("|---" * (1 + len(dense)) + "|")
+    for row in large:
+        lines.append(f"| {row['budget']} | {' | '.join(interval(row['against_dense'][k]) for k in dense)} |")
     return "\n".join(lines)
 
 
@@ -391,7 +399,7 @@ def tables(path: Path) -> str:
             is_meant = (row["rule"], row["dense_layers"], row["budget"], row["steps"]) == ("mage", 0, 512, 32)
             if is_meant and row["context"] == 131072 and row["graph"]:
                 blocks[row["model"], row["batch"]] = row["block_ms"]
-    parts = [quality_table(result["rows"])] if "rows" in result else []
+    parts = [quality_table(result["rows"]), budget_table(result["rows"])] if "rows" in result else []
     if "speed" in result:
         parts.append(speed_tables(result["speed"]["rows"], blocks))
     return "\n\n".join(parts)

@@ -203,6 +203,7 @@ def test_the_file_holds_every_row(tmp_path, monkeypatch, tiny_backbone, converte
     assert script.main(["--table", "results/further.json"]) == 0
     tables = capsys.readouterr().out
     assert tables.count("\n| keys-only |") == 3 and "| -0.50 (-0.2%) |" in tables and "| exact | 0.1000 |" in tables
+    assert "| 0 dense layers, k | minus 2 dense, k = 8 | minus 2 dense, k = 16 |" in tables
     assert script.main([*given, "--context", "4096"]) == 2
     assert "error: " in capsys.readouterr().err
 
