@@ -1,35 +1,45 @@
-"""What several tests share: tiny models, the official checkpoints of tests/fixtures, hypothesis settings."""
+"""What several tests share: tiny models, the official checkpoints of tests/fixtures, hypothesis settings.
+
+pytest-xdist loads this file once more, in the process that hands out the tests, and starts its workers when that is
+done; so what takes long to import is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; must be set before transformers is imported
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from mage_tune.backbone import Backbone, attach_adapter, family_facts, random_backbone
-from mage_tune.data.example import Example
-from mage_tune.lm import BlockDiffusionLM, load
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mage_tune.backbone import Backbone
+    from mage_tune.data.example import Example
+    from mage_tune.lm import BlockDiffusionLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL_TYPES = {"fast_dllm_v2": "Fast_dLLM_Qwen", "sdar": "sdar"}
 
 settings.register_profile("mage_tune", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("mage_tune")
-torch.set_num_threads(1)  # tiny models: threads only cost
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, except for what other packages say to each other."""
     # PEFT 0.21 asks transformers 5.23 for a property by its old name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    hands_out_tests = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out_tests:
+        import torch
+
+        torch.set_num_threads(1)  # tiny models: threads only cost
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Published:
     data: dict[str, Tensor]
 
     def load(self, **options) -> BlockDiffusionLM:
+        from mage_tune.lm import load
+
         given = {"mask_id": self.facts["mask_id"], "stop_ids": (self.facts.get("stop_id", 3),), "pad_id": 0}
         return load(self.folder, **given | options)
 
@@ -48,6 +60,8 @@ class Published:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """published(name) -> Published; the folder is written once."""
+    from safetensors.torch import load_file, save_file
+
     made: dict[str, Published] = {}
 
     def get(name: str) -> Published:
@@ -84,6 +98,10 @@ TINY = {
 
 def make_backbone(family: str = "converted", *, block_size: int = 4, seed: int = 0, **shape) -> Backbone:
     """A tiny float32 model whose weights are large enough for attention to have favourites."""
+    import torch
+
+    from mage_tune.backbone import random_backbone
+
     sizes = TINY | shape
     facts = {"block_size": block_size, "mask_id": sizes["vocab_size"] - 1, "stop_ids": (1,), "pad_id": 0}
     backbone = random_backbone(sizes, family, seed=seed, dtype="float32", device="cpu", **facts)
@@ -103,6 +121,7 @@ def tiny_backbone():
 @pytest.fixture(scope="session")
 def converted_checkpoint(tmp_path_factory):
     """converted_checkpoint(backbone) -> a new folder: weights, family facts in config.json, tokenizer if any."""
+    from mage_tune.backbone import family_facts
 
     def save(backbone: Backbone) -> Path:
         folder = tmp_path_factory.mktemp("converted")
@@ -118,6 +137,9 @@ def converted_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_adapter():
     """tiny_adapter(backbone, **options) -> PeftModel whose update is not zero."""
+    import torch
+
+    from mage_tune.backbone import attach_adapter
 
     def attach(backbone: Backbone, **options):
         generator = torch.Generator().manual_seed(1)
@@ -135,6 +157,9 @@ def tiny_adapter():
 @pytest.fixture(scope="session")
 def make_examples():
     """make_examples((length, prompt), ...) -> examples with random tokens, the first `prompt` not supervised."""
+    import numpy as np
+
+    from mage_tune.data.example import Example
 
     def make(*shapes: tuple[int, int], seed: int = 0, vocab: int = 60) -> list[Example]:
         rng = np.random.default_rng(seed)

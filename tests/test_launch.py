@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mage_tune.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "debug.yaml"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -37,17 +39,21 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_form_gives_the_same_run(tmp_path: Path) -> None:
+def test_every_form_gives_the_same_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     forms = {
         "path": ([*LAUNCH, str(ROOT / "mage_tune" / "train.py")], tmp_path),
         "module": ([*LAUNCH, "-m", "mage_tune.train"], ROOT),
-        "command": ([sys.executable, "-m", "mage_tune.cli", "train"], ROOT),
     }
     for name, (command, cwd) in forms.items():
         folder = tmp_path / name
         done = start([*command, str(RECIPE), *QUICK, "--set", f"output={folder}"], cwd, tmp_path / "home")
         assert done.returncode == 0, f"{name}:\n{done.stderr[-3000:]}"
         assert f"adapter written to {folder}" in done.stdout
+    # The command needs no launcher, so not a process of its own either.
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(RECIPE), *QUICK, "--set", f"output={tmp_path / 'command'}"])
+    assert not ended.value.code
+    assert f"adapter written to {tmp_path / 'command'}" in capfd.readouterr().out
 
     one = tmp_path / "path"
     assert len(metrics(one)) == 2

@@ -65,7 +65,13 @@ def test_import_is_light_and_needs_neither_triton_nor_trl() -> None:
         + "assert mage_tune.__version__ and 'load' in dir(mage_tune)\n"
         + "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
-    python(blocked + "assert mage_tune.load.__module__ == mage_tune.BlockDiffusionLM.__module__ == 'mage_tune.lm'")
+    operations = {file.parent.name for file in KERNELS if file.name == "__init__.py"} - {"mage_kernels"}
+    code = [
+        "assert mage_tune.load.__module__ == mage_tune.BlockDiffusionLM.__module__ == 'mage_tune.lm'",
+        "from mage_tune.data import files, mixture, preview, retrieval, text, tokenizer",  # chat alone needs trl
+        *(f"import mage_kernels.{name}" for name in sorted(operations)),  # their references run without it
+    ]
+    python(blocked + "\n".join(code))
 
 
 def test_unknown_attribute() -> None:

@@ -1,8 +1,5 @@
 """Reading records: every kind of path, and errors that name file and line."""
 
-import subprocess
-import sys
-
 import pytest
 
 from mage_tune.data.files import find_files, read_records
@@ -130,9 +127,3 @@ def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"^o/n: no such .*\(Dataset 'o/n' doesn't exist\)$"):
         texts("o/n")
-
-
-def test_only_chat_imports_trl():
-    names = "files, mixture, preview, retrieval, text, tokenizer"
-    code = f"import sys; from mage_tune.data import {names}; sys.exit('trl' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

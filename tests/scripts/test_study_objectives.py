@@ -1,12 +1,15 @@
 """scripts/study_objectives.py on a tiny model: arms are valid recipes, its file resumes, joins and becomes tables."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mage_tune import trainer
 from mage_tune.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -93,8 +96,20 @@ def test_a_study_is_run_resumed_joined_and_shown(study, capsys, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Arms are trained here; the process that another test starts for them imports torch for longer than it trains."""
+
+    def run(command, stdout, stderr, check):
+        assert command[1:4] == ["-m", "mage_tune.cli", "train"]
+        trainer.train(load_recipe(command[4], command[6::2]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
 @pytest.mark.slow
-def test_files_of_two_machines_become_one(study, capsys):
+def test_files_of_two_machines_become_one(study, in_this_process, capsys):
     assert script.main(["--only", "query", "recipe", "--shard", "0/2", "--out", "a.json"]) == 0
     assert script.main(["--only", "query", "recipe", "--shard", "1/2", "--out", "b.json"]) == 0
     assert script.main(["--join", "a.json", "b.json", "--out", "all.json"]) == 0
