@@ -45,18 +45,32 @@ pytestmark = [
 ]
 
 
-def launch(engine: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The documented command, with tests/engine_driver.py in place of mage_tune/train.py."""
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-        *("--config_file", str(config_file(engine)), "--num_processes", str(processes)),
-        *(str(ROOT / "tests" / "engine_driver.py"), "train", str(RECIPE), "--set", f"output={folder}"),
+TRIED = [name for name in ENGINES if not name.startswith("zero") or find_spec("deepspeed")]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> dict[str, Path]:
+    """Engine -> the run folder of two processes with it: the documented launches, all of them in one driver."""
+    folders = {engine: tmp_path_factory.mktemp(engine) / "run" for engine in TRIED}
+    changes = [part for change in CHANGES for part in ("--set", change)]
+    launches = [
+        [
+            *("--config_file", str(config_file(engine)), "--num_processes", "2", str(ROOT / "mage_tune" / "train.py")),
+            *("train", str(RECIPE), "--set", f"output={folder}", *changes),
+        ]
+        for engine, folder in folders.items()
     ]
-    for change in CHANGES:
-        command += ["--set", change]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    driver = [sys.executable, str(ROOT / "tests" / "engine_driver.py")]
+    given = {"input": json.dumps(launches), "env": environment, "timeout": 400}
+    done = subprocess.run(driver, **given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]  # DeepSpeed talks too
+    for engine, found in zip(TRIED, ends, strict=True):
+        assert found["code"] == 0, f"{engine}: {found['out'][-3000:]}"
+        assert found["out"].count("adapter written to") == 1, engine
+    return folders
 
 
 def lines(folder: Path) -> list[dict]:
@@ -82,14 +96,10 @@ def alone(tmp_path_factory) -> Path:
     return train(load_recipe(RECIPE, [*CHANGES, f"output={folder}"]))
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory) -> Path:
+@pytest.fixture
+def together(launched) -> Path:
     """The run on two processes with DDP."""
-    folder = tmp_path_factory.mktemp("together") / "run"
-    done = launch("ddp", 2, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("adapter written to") == 1
-    return folder
+    return launched["ddp"]
 
 
 def test_two_processes_are_the_same_run_as_one(alone, together):
@@ -112,13 +122,11 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, together, tmp_pat
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
-def test_an_engine_that_splits_the_model_is_the_same_run(engine, alone, tmp_path):
-    if engine.startswith("zero") and find_spec("deepspeed") is None:
+def test_an_engine_that_splits_the_model_is_the_same_run(engine, alone, launched):
+    if engine not in TRIED:
         pytest.skip("needs deepspeed")
-    done = launch(engine, 2, tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(tmp_path / "run", alone)
-    written = {file.name for file in (tmp_path / "run" / "checkpoints" / "checkpoint-2").iterdir()}
+    assert_same_run(launched[engine], alone)
+    written = {file.name for file in (launched[engine] / "checkpoints" / "checkpoint-2").iterdir()}
     assert ("optimizer.bin" if engine == "fsdp2" else "latest") in written  # the engine was really at work
     assert "adapter_model.safetensors" in written
 
