@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         (n, outputs) of the inputs' dtype; products are summed in float32.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a tensor that is not contiguous.
         RuntimeError: "triton" was asked for and cannot run.
     """
     if not _choose("linear", impl, x, weight):
@@ -49,7 +49,7 @@ def linear_parts(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         the reference.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a tensor that is not contiguous.
         RuntimeError: "triton" was asked for and cannot run.
     """
     if not _choose("linear_parts", impl, x, weight):
@@ -70,7 +70,7 @@ def gate_up(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         (n, size) of the inputs' dtype; nothing is rounded before the product of the two.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a tensor that is not contiguous.
         RuntimeError: "triton" was asked for and cannot run.
     """
     if weight.shape[0] % 2:
@@ -86,10 +86,10 @@ def gate_up(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
 def _choose(op: str, impl: str, x: Tensor, weight: Tensor, limit: str | None = None) -> bool:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: x of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        raise ValueError(f"{op}: x (strides {x.stride()}) and weight (strides {weight.stride()}) have to be contiguous")
     if x.shape[0] > MOST_ROWS:
         limit = f"{x.shape[0]} rows are more than {MOST_ROWS}"
     elif x.shape[1] % 64:
         limit = f"{x.shape[1]} inputs are no multiple of 64"
-    elif not (x.is_contiguous() and weight.is_contiguous()):
-        limit = "a tensor is not contiguous"
     return choose(op, impl, x, weight, limit=limit or tensor_core_limit(x[..., :1], weight[..., :1]))

@@ -210,7 +210,7 @@ class Engine:
         if self.quest is not None:
             self.quest.update(self.block_size)
         if self.settings.family.seed_token:
-            last = hidden.unflatten(0, (-1, self.block_size))[:, -1]
+            last = hidden.unflatten(0, (-1, self.block_size))[:, -1].contiguous()
             self.seed.copy_(self._greedy(last)[0])
 
     def _greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
