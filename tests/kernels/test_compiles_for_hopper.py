@@ -1,5 +1,6 @@
 """Any machine can compile for an H100: the Hopper kernel, which cannot be interpreted, and what operations launch."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,42 +14,54 @@ import mage_kernels
 pytest.importorskip("triton")
 
 COMPILE = """
-import sys, triton
+import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from mage_kernels.exact_attention.hopper_kernel import hopper_split_kernel as kernel
 
-dim, groups, block_n, stages, mass = map(int, sys.argv[1:])
-layout = gl.NVMMASharedLayout.get_default_for([block_n, dim], gl.bfloat16)
-pointers = dict(query="*bf16", lengths="*i32", part_out="*fp32", part_mass="*fp32", tile_mass="*fp32", qk_scale="fp32")
-descriptors = dict.fromkeys(("key", "value"), f"tensordesc<bf16[{block_n}, {dim}],{layout!r}>")
-registers = 240 if groups == 2 else 160
-fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TILE_MASS=bool(mass))
-fixed |= dict(REGISTERS=registers, num_warps=4)
-types = pointers | descriptors | dict.fromkeys(fixed, "constexpr")
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
-source = GluonASTSource(kernel, signature, fixed, aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-open("kernel.cubin", "wb").write(compiled.asm["cubin"])
-open("kernel.ptx", "w").write(compiled.asm["ptx"])
+for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items():
+    layout = gl.NVMMASharedLayout.get_default_for([block_n, dim], gl.bfloat16)
+    pointers = dict(query="*bf16", lengths="*i32", part_out="*fp32", part_mass="*fp32", tile_mass="*fp32")
+    pointers |= dict(qk_scale="fp32")
+    descriptors = dict.fromkeys(("key", "value"), f"tensordesc<bf16[{block_n}, {dim}],{layout!r}>")
+    registers = 240 if groups == 2 else 160
+    fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TILE_MASS=bool(mass))
+    fixed |= dict(REGISTERS=registers, num_warps=4)
+    types = pointers | descriptors | dict.fromkeys(fixed, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    source = GluonASTSource(kernel, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    open(f"{name}.cubin", "wb").write(compiled.asm["cubin"])
+    open(f"{name}.ptx", "w").write(compiled.asm["ptx"])
 """
 
 
+SHAPES = {"128-rows": (128, 2, 128, 2, 1), "192-rows": (128, 3, 64, 3, 1)}
+"""head_dim, warp groups, tile, stages, whether tiles' masses are kept."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """A folder with the kernel compiled for every shape, in one process: importing takes as long as compiling."""
+    folder = tmp_path_factory.mktemp("hopper")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", COMPILE, json.dumps(SHAPES)]
+    subprocess.run(command, env=environment, cwd=folder, check=True, timeout=300)
+    return folder
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted process cannot compile")
-@pytest.mark.parametrize("shape", [(128, 2, 128, 2, 1), (128, 3, 64, 3, 1)], ids=["128-rows", "192-rows"])
-def test_compiles_for_hopper(shape, tmp_path):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    arguments = [sys.executable, "-c", COMPILE, *map(str, shape)]
-    subprocess.run(arguments, env=environment, cwd=tmp_path, check=True, timeout=300)
-    ptx = (tmp_path / "kernel.ptx").read_text()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_for_hopper(shape, compiled):
+    ptx = (compiled / f"{shape}.ptx").read_text()
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run(
-        [tool, "-res-usage", "kernel.cubin"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [tool, "-res-usage", f"{shape}.cubin"], cwd=compiled, capture_output=True, text=True, check=True
     )
     stack, shared = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("STACK", "SHARED"))
     assert stack == 0, f"the kernel spills {stack} bytes of registers: {usage.stdout}"

@@ -1,5 +1,7 @@
 """The small fused operations around attention, and the decision of a step, against plain PyTorch."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -77,12 +79,13 @@ def test_rope_append_packs_rows_by_head_and_keeps_lengths(device, dtype):
     assert torch.equal(values[0], by_head[heads + kv_heads :])
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("threshold", [None, 0.6])
-@pytest.mark.parametrize(("size", "window"), [(8, 8), (12, 4), (32, 8)])
-def test_fill_block(device, shift, threshold, size, window):
+FILLS = [*product((0, 1), (None, 0.6), [(8, 8), (12, 4)]), (1, 0.6, (32, 8))]
+
+
+@pytest.mark.parametrize(("shift", "threshold", "sizes"), FILLS, ids=str)
+def test_fill_block(device, shift, threshold, sizes):
     """Step by step until everything is decided, ties among the confidences included."""
-    batch, mask_id = 3, 99
+    batch, mask_id, (size, window) = 3, 99, sizes
     quotas = torch.tensor([2, 1], device=device)
     states = []
     for impl in ("triton", "reference"):
