@@ -513,9 +513,10 @@ def cells(seeds: Sequence[dict[str, Any]], few: str, many: str) -> list[str]:
         mean([arm["recall_text"][str(KEYS)] for arm in seeds]),
         mean(harm, sign=True) if harm else "",
         mean(answers, sign=True) if answers else "",
-        mean([arm["needles"][few]["mean"] for arm in seeds], 2),
-        mean([arm["copied"][few]["mean"] for arm in seeds], 2),
-        mean([arm["forwards_per_block"][many]["mean"] for arm in seeds], 1),
+        *(
+            mean([arm[task][decoded]["mean"] for arm in seeds], digits) if decoded in seeds[0][task] else ""
+            for task, decoded, digits in (("needles", few, 2), ("copied", few, 2), ("forwards_per_block", many, 1))
+        ),
         mean([arm["minutes"] for arm in seeds], 1) if "minutes" in seeds[0] else "",
     ]
 
@@ -532,6 +533,21 @@ def levers_table(content: dict[str, Any]) -> str:
         shown = [f"{gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}]" for gap in gaps]
         lines.append(f"| {lever} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
+
+
+def weights_table(content: dict[str, Any]) -> str:
+    """What more alignment buys and costs, a short training at each pair of weights."""
+    shown = {
+        f"CE, keys chosen at all-[MASK], k = {KEYS}": f"ce mage {KEYS}",
+        f"recall@{KEYS}": f"recall mage {KEYS}",
+        "CE, exact": "ce exact",
+        "answers CE": "answers",
+    }
+    lines = [f"| attention weight | query weight | {' | '.join(shown)} |", "|---:|---:|" + "---:|" * len(shown)]
+    for found in content["weights"]["rows"]:
+        changes = " | ".join(f"{found[name]:+.3f}" for name in shown.values())
+        lines.append(f"| {found['attention_alignment']} | {found['query_alignment']} | {changes} |")
+    return "\n".join(lines)
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -552,7 +568,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     done = {arm["name"]: arm for arm in content["arms"] if arm["seed"] == 0}
     after = done.get(FINAL)
     models = [("untuned", content["base"])] + ([("tuned", after)] if after else [])
-    equal = sorted((a for n, a in done.items() if n != FINAL), key=lambda arm: change_of(arm)["mean"])
+    longer = [n for n, a in done.items() if n == FINAL or "train.steps" in a["changes"]]
+    equal = sorted((a for n, a in done.items() if n not in longer), key=lambda arm: change_of(arm)["mean"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(len(equal), 9)), layout="constrained")
     for (label, model), color in zip(models, ("#7a7a7a", "#1f6feb"), strict=False):
         for context, style in zip(model["gap"], ("-", "--", ":"), strict=False):
