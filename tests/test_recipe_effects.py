@@ -14,9 +14,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers.trainer_callback import TrainerCallback
 
 import mage_tune.trainer as trainer_module
+from mage_tune import run_folder
 from mage_tune.data import files
 from mage_tune.data.files import Record
 from mage_tune.evals import run as evaluation
@@ -47,7 +49,7 @@ objective:
   query_alignment: {weight: 0.5, skip_layers: 1}
   attention_alignment: {weight: 0.5, blocks: 1, skip_layers: 1}
   sparse_distillation: {weight: 0.5, budget: 16, dense_layers: 1}
-train: {steps: 3, learning_rate: 1e-2, warmup_steps: 1, save_every: 1}
+train: {steps: 3, learning_rate: 1e-2, warmup_steps: 1, save_every: 3}
 """
 
 RETRIEVAL = "data.sources=[{kind: retrieval, path: one.jsonl, needles: [1, 2], questions: [1, 1]}]"
@@ -151,8 +153,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "train.log_every": ("2",),
     "train.trackers": ("[tensorboard]",),
     "train.sample_every": ("1",),
-    "train.save_every": ("3",),
-    "train.keep_checkpoints": ("1",),
+    "train.save_every": ("1",),
+    "train.keep_checkpoints": ("1", "train.save_every=1"),
     "train.resume": ("nowhere",),
 }
 
@@ -245,6 +247,9 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trainer_module, "build_trainer", build_watched)
     monkeypatch.setattr(trainer_module, "Tracking", Trackers)
     monkeypatch.setattr(files, "_hub_records", hub_records)
+    # Of three short steps they take a good part, and nothing of the recipe is in them: the card, git, package versions.
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
+    monkeypatch.setattr(run_folder, "environment", dict)
 
     def run(overrides: list[str]) -> dict[str, Any]:
         seen.clear()
