@@ -3,6 +3,7 @@
     python scripts/compare_rules.py models/smollm2-135m-diffusion data/debian-docs/heldout.u16.npy \\
         results/selection_rules.json --seconds 240
     python scripts/compare_rules.py --table results/selection_rules.json     # the Markdown tables of the docs
+    python scripts/compare_rules.py --table results/selection_rules.json --plot docs/images/selection.png
 
 Text probes are those of `mage-tune eval` (windows, blocks, reveals and seeds of evals/probes.py): cross-entropy of the
 still masked tokens of partly revealed blocks, exact and under each rule, and recall, the share of the keys that this
@@ -438,6 +439,55 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def short_markdown(result: Mapping[str, Any], budget: int = 128) -> str:
+    """One table of all budgets without intervals: the gap at each, what is decoded at one; best gap there first."""
+    budgets = result["settings"]["budgets"]
+    by_label: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in result["rows"][1:]:
+        by_label[row["label"]][row["budget"]] = row
+    columns = [*(f"gap@{k}" for k in budgets), f"recall@{budget}", f"needles@{budget}", f"forwards@{budget}"]
+    lines = [f"| rule | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    exact = result["rows"][0]
+    decoded = ("stepped_needles", 2), ("text_forwards_per_block", 1)
+    without = [""] * (len(budgets) + 1) + [f"{exact[name]['mean']:.{n}f}" for name, n in decoded]
+    lines.append(f"| exact | {' | '.join(without)} |")
+    for label, rows in sorted(by_label.items(), key=lambda item: item[1][budget]["ce_gap"]["mean"]):
+        gaps = [f"{rows[k]['ce_gap']['mean']:.3f}" for k in budgets]
+        at = rows[budget]
+        found = [f"{at['recall']['mean']:.3f}", *(f"{at[name]['mean']:.{n}f}" for name, n in decoded)]
+        lines.append(f"| {label} | {' | '.join(gaps + found)} |")
+    return "\n".join(lines)
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Gap against k of every rule, on white, and for dark pages on black beside it (NAME-dark.png)."""
+    import matplotlib.pyplot as plt
+
+    gaps: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in result["rows"][1:]:
+        gaps[row["label"]][row["budget"]] = row["ce_gap"]["mean"]
+    budgets = result["settings"]["budgets"]
+    ordered = sorted(gaps, key=lambda label: -gaps[label][budgets[0]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for style, target in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
+        with plt.style.context(style):
+            figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+            for i, label in enumerate(ordered):
+                is_mage = label == "mage"
+                look = {"linewidth": 2.5, "zorder": 3} if is_mage else {"linewidth": 1.2, "alpha": 0.9}
+                color = "#1f6feb" if is_mage else plt.colormaps["tab20"](i / 12)
+                axes.plot(
+                    budgets, [gaps[label][k] for k in budgets], "o-", label=label, color=color, markersize=4, **look
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(budgets, [str(k) for k in budgets])
+            axes.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8)
+            axes.set(xlabel="keys kept, k", ylabel="CE gap to exact attention, nats")
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            figure.savefig(target, dpi=110)
+            plt.close(figure)
+
+
 def _shown(found: Mapping[str, float] | None, digits: int, sign: bool = False) -> str:
     if found is None:
         return "-"
@@ -545,6 +595,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("text", nargs="?", help="held-out text or its token ids (.npy)")
     parser.add_argument("out", nargs="?", type=Path, help="JSON file to write, in results/")
     parser.add_argument("--table", type=Path, metavar="JSON", help="only print the Markdown tables of a result")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --table: draw the gap of every rule instead")
     parser.add_argument("--adapter", help="adapter to load on top")
     parser.add_argument("--seconds", type=float, default=240.0, help="time for measuring, loading not counted")
     parser.add_argument("--windows", type=int, default=96, help="windows to probe at most")
@@ -570,7 +621,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.table is not None:
-            print(markdown(json.loads(arguments.table.read_text())))
+            result = json.loads(arguments.table.read_text())
+            print(markdown(result)) if arguments.plot is None else plot(result, arguments.plot)
             return 0
         result = run(arguments)
     except (OSError, ValueError) as error:

@@ -12,12 +12,21 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/objectives.md", "adapters/smollm2-135m-diffusion/README.md")
+sys.path.insert(0, str(ROOT / "scripts"))  # tables that another script makes are imported from it where they are needed
+FILES = (
+    "README.md",
+    "docs/objectives.md",
+    "docs/selection.md",
+    "docs/evaluation.md",
+    "docs/training.md",
+    "adapters/smollm2-135m-diffusion/README.md",
+)
 
 
 def interval(estimate: dict[str, Any], signed: bool = False) -> str:
@@ -71,10 +80,79 @@ def alignment_table(file: str = "objectives.json") -> str:
 
 def study_tables(file: str = "objectives.json") -> str:
     """Every arm of the study, and every lever."""
-    sys.path.insert(0, str(ROOT / "scripts"))
     from study_objectives import markdown  # needs torch
 
     return markdown(json.loads((ROOT / "results" / file).read_text())).rstrip("\n")
+
+
+def weights_table(file: str = "objectives.json") -> str:
+    """What more alignment buys and costs."""
+    from study_objectives import weights_table as table
+
+    return table(json.loads((ROOT / "results" / file).read_text()))
+
+
+def rules_table(file: str = "selection_rules.json") -> str:
+    """Every selection rule in one table, and what it was measured on."""
+    from compare_rules import short_markdown
+
+    result = json.loads((ROOT / "results" / file).read_text())
+    settings, made_with = result["settings"], result["environment"]
+    lines = [
+        short_markdown(result),
+        "",
+        f"The same {settings['windows']['done']} windows of {settings['context']} tokens, {settings['blocks']} blocks "
+        f"each, {settings['questions']['done']} questions and {settings['continuations']['done']} continuations for "
+        "every rule; "
+        f"first {settings['dense_layers']} layers dense, {settings['dtype'].removeprefix('torch.')}, "
+        f"{made_with['device']}, torch {made_with['torch']}, transformers {made_with['transformers']}, commit "
+        f"{made_with['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def all_rules_table(file: str = "selection_rules.json") -> str:
+    """Every selection rule with intervals, a table per budget."""
+    from compare_rules import markdown
+
+    return markdown(json.loads((ROOT / "results" / file).read_text()))
+
+
+def ruler_table(file: str = "ruler_h100.json") -> str:
+    """RULER before and after tuning."""
+    from run_ruler import markdown
+
+    found = json.loads((ROOT / "results" / file).read_text())
+    settings, made_with = found["settings"], found["environment"]
+    return (
+        f"{markdown(found)}\n\n{settings['limit']} samples of each task, the same for all; "
+        f"{settings['dtype'].removeprefix('torch.')}, {made_with['device']}, {found['minutes']:.1f} minutes, "
+        f"commit {made_with['commit']}."
+    )
+
+
+def training_table(file: str = "training_h100.json") -> str:
+    """Steps of the real trainer on random weights of the exact shapes; cases that failed are left out."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    columns = "layers | recomputed | streams | tokens a step | step | tokens/s | MFU | peak | predicted"
+    lines = [f"| case | rows x length | {columns} |", "|---|---:|---|---|---|" + "---:|" * 7]
+    for row in record["rows"]:
+        if "error" in row:
+            continue
+        lines.append(
+            f"| {row['case']} | {row['rows']} x {row['accumulation']} x {row['length']} | {row['kernels']} "
+            f"| {'nothing' if row['checkpointing'] == 'off' else row['checkpointing']} | {row['stream_names']} "
+            f"| {row['tokens_per_step']:,} | {row['step_s']:.2f} s | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} "
+            f"| {row['peak_gib']:.1f} GiB | {row['predicted_gib']:.1f} GiB |"
+        )
+    versions = record["versions"]
+    lines += [
+        "",
+        f"Medians of the steps after warm-up; rows x micro-steps x length. {record['device']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}, "
+        f"commit {record['commit']}.",
+    ]
+    return "\n".join(lines)
 
 
 def conversion_table(file: str = "conversion_h100.json") -> str:
@@ -123,12 +201,14 @@ def speed_table(file: str = "decode_h100.json") -> str:
     """Time per output block at the longest context: exact attention by every kernel, other rules, mage."""
     record = json.loads((ROOT / "results" / file).read_text())
     context, steps = 131072, 32
+    commits: dict[int, set[str]] = defaultdict(set)
 
     def block(model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0) -> float | None:
         wanted = (model, batch, rule, kernel, dense, context, steps, True)
         keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
-        found = [row["block_ms"] for row in record["rows"] if tuple(row[key] for key in keys) == wanted]
-        return found[0] if found else None
+        found = [row for row in record["rows"] if tuple(row[key] for key in keys) == wanted]
+        commits[batch].update(row["commit"] for row in found)
+        return found[0]["block_ms"] if found else None
 
     columns = {
         "exact, FlashInfer auto": ("exact", "flashinfer-auto"),
@@ -150,12 +230,13 @@ def speed_table(file: str = "decode_h100.json") -> str:
         assert times["mage"] is not None
         lines.append(f"| {model}, batch {batch} | {' | '.join(cells)} | {exact / times['mage']:.2f}x |")
     versions = record["versions"]
+    measured_at = "; ".join(f"{', '.join(sorted(found))} (batch {batch})" for batch, found in commits.items())
     lines += [
         "",
         f"Milliseconds per block of 32 tokens at {context // 1024}K tokens of context, {steps} steps and the commit, "
         f"k = 512, bfloat16, CUDA graphs; random weights of the exact shapes and random keys. {record['device']}, "
         f"torch {versions['torch']}, triton {versions['triton']}, FlashInfer {versions['flashinfer']}, "
-        f"commit {record['commit']}.",
+        f"commit {measured_at}.",
     ]
     return "\n".join(lines)
 
@@ -163,6 +244,11 @@ def speed_table(file: str = "decode_h100.json") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment_table,
     "study": study_tables,
+    "weights": weights_table,
+    "rules": rules_table,
+    "all rules": all_rules_table,
+    "ruler": ruler_table,
+    "training": training_table,
     "conversion": conversion_table,
     "demo": demo_table,
     "speed": speed_table,
