@@ -149,6 +149,17 @@ ARMS = (
         "the same, keys of little mass counting for more",
         (0, 1),
     ),
+    Trained(
+        "everything, weight 8",
+        SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 8.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
+        "the recipe's weights: more recall, at a price",
+        (0, 1),
+    ),
+    Trained(
+        "everything, no queries",
+        SPARSE | {f"{A}.weight": 2.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
+        "whether query alignment adds anything to attention alignment",
+    ),
     Trained("both, rank 8", BOTH | {"adapter.rank": 8, "adapter.alpha": 16.0}, "a smaller adapter"),
     Trained("both, rank 128", BOTH | {"adapter.rank": 128, "adapter.alpha": 256.0}, "a larger adapter"),
     Trained("both, q and k only", BOTH | {"adapter.targets": ["q_proj", "k_proj"]}, "only what selection reads"),
