@@ -25,6 +25,7 @@ FILES = (
     "docs/selection.md",
     "docs/evaluation.md",
     "docs/training.md",
+    "docs/performance.md",
     "adapters/smollm2-135m-diffusion/README.md",
 )
 
@@ -241,6 +242,18 @@ def speed_table(file: str = "decode_h100.json") -> str:
     return "\n".join(lines)
 
 
+def performance_table(name: str) -> Callable[[], str]:
+    """A table of docs/performance.md."""
+
+    def table() -> str:
+        sys.path.insert(0, str(ROOT / "scripts"))
+        from performance_tables import TABLES as tables  # of what goes further: needs torch
+
+        return tables[name]()
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment_table,
     "study": study_tables,
@@ -252,6 +265,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": conversion_table,
     "demo": demo_table,
     "speed": speed_table,
+    **{
+        name: performance_table(name)
+        for name in ("attention", "predictions", "blocks", "steps", "profile", "bars", "further")
+    },
 }
 
 

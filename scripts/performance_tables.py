@@ -1,0 +1,373 @@
+"""Tables of docs/performance.md, from results/*_h100.json; `scripts/fill_tables.py` puts them there.
+
+Predictions and bars are constants of this file; whatever was measured is read from the results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+LONG, STEPS = 131072, 32
+SHAPES = ("1.5B", "7B", "SDAR-8B")
+CORNERS = [(shape, context, batch) for shape in SHAPES for context in (8192, 32768, LONG) for batch in (1, 8)]
+PEERS = {
+    "flash SDPA": "flash-sdpa-packed",
+    "cuDNN SDPA": "cudnn-sdpa-packed",
+    "FlashInfer fa2": "flashinfer-fa2",
+    "FlashInfer auto": "flashinfer-auto",
+}
+"""Exact attention of others; queries packed for SDPA, all captured in a CUDA graph."""
+
+Corner = tuple[str, int, int]
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of results/."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(head: list[str], rows: Iterable[list[str]], words: int = 0) -> str:
+    """A table of figures behind a first column of words; the last `words` columns hold words too."""
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1 - words) + "---|" * words]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def name_of(corner: Corner) -> str:
+    """`7B 128K b=8`."""
+    return f"{corner[0]} {corner[1] // 1024}K b={corner[2]}"
+
+
+def made_with(record: dict[str, Any]) -> str:
+    """Device, versions and commit."""
+    versions = record["versions"]
+    return f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}"
+
+
+class Attention:
+    """results/attention_h100.json: milliseconds by corner and kernel."""
+
+    def __init__(self) -> None:
+        self.record = read("attention_h100.json")
+        self.rows = {(r["shape"], r["context"], r["batch"], r["kernel"]): r for r in self.record["rows"]}
+
+    def ms(self, corner: Corner, kernel: str = "mage") -> float:
+        """Of one kernel, which must have run."""
+        return self.rows[*corner, kernel]["ms"]
+
+    def of_floor(self, corner: Corner) -> float:
+        """Ours as a multiple of the floor."""
+        return self.ms(corner) / self.rows[*corner, "mage"]["floor_ms"]
+
+    def scores(self, corner: Corner) -> float:
+        """What tile masses add, as a share."""
+        return self.ms(corner, "mage+scores") / self.ms(corner) - 1
+
+    def best_peer(self, corner: Corner) -> tuple[str, float]:
+        """The fastest of the others, and its time over ours."""
+        name = min(PEERS, key=lambda name: self.ms(corner, PEERS[name]))
+        return name, self.ms(corner, PEERS[name]) / self.ms(corner)
+
+
+def attention() -> str:
+    """Every corner: ours, with scores, peers."""
+    found = Attention()
+    rows = []
+    for corner in CORNERS:
+        name, ratio = found.best_peer(corner)
+        peers = [f"**{found.ms(corner, kernel):.4f}**" if label == name else f"{found.ms(corner, kernel):.4f}"
+                 for label, kernel in PEERS.items()]  # fmt: skip
+        cells = [f"{found.rows[*corner, 'mage']['floor_ms']:.4f}", f"{found.ms(corner):.4f}"]
+        cells += [f"{found.of_floor(corner):.2f}", f"{found.scores(corner):+.1%}", *peers, f"{ratio:.2f}"]
+        rows.append([name_of(corner), *cells])
+    head = ["", "floor", "ours", "x floor", "scores add", *PEERS, "best peer / ours"]
+    return (
+        f"{markdown(head, rows)}\n\nOne layer, bf16, milliseconds, medians of CUDA-graph replays; "
+        f"{made_with(found.record)}, commit {found.record['commit']}."
+    )
+
+
+EXPECTED: list[tuple[str, str, Corner, str, str, str, str]] = [
+    ("exact", "mage", ("7B", LONG, 8), "0.96", "0.833", "", "660 TFLOP/s on the padded rows"),
+    ("exact", "mage", ("1.5B", LONG, 8), "0.41", "0.374", "", "192 rows in three warp groups: nothing padded"),
+    ("exact", "mage", ("SDAR-8B", LONG, 8), "1.50", "1.416", "", "bound by bytes, as said"),
+    ("exact", "mage", ("7B", LONG, 1), "0.13", "0.124", "", ""),
+    ("exact", "mage", ("7B", 8192, 1), "0.013", "0.025", "0.019",
+     "missed twice: the pass over the prefix alone took 14 us at c992747, 7 of them around its tiles"),
+    ("exact", "mage", ("1.5B", 8192, 1), "", "0.048", "0.019", "fewer parts, merged 16 at a time"),
+    ("exact", "mage", ("1.5B", 32768, 1), "", "0.058", "0.037", "the same"),
+    ("exact", "mage", ("1.5B", LONG, 1), "", "0.102", "0.075", "the same"),
+    ("select_keys, 28 layers", "select_keys, all layers", ("7B", LONG, 1), "0.13", "0.224", "0.13",
+     "rows are summed once, at the end, no longer every 64"),
+    ("top_k of all keys, 28 layers", "top_k of all keys, all layers", ("7B", LONG, 1), "0.055", "0.072", "", ""),
+    ("compact, 28 layers", "compact, all layers", ("7B", LONG, 1), "0.030", "0.027", "", ""),
+    ("small_attention, one layer", "small_attention, one layer", ("7B", LONG, 1), "0.006", "0.0115", "0.009",
+     "missed twice: halving the barriers was not what it waited for"),
+    ("confidence, 32 rows", "confidence of one block", ("7B", LONG, 1), "0.008", "0.0092", "", ""),
+    ("mean_logit, one layer", "mean_logit of all keys, one layer", ("7B", LONG, 1), "0.050", "0.057", "", ""),
+    ("mean_probability, one layer", "mean_probability of all keys, one layer", ("7B", LONG, 1), "0.080", "0.157", "",
+     "rows summed once, as in select_keys"),
+    ("page_scores by the mean query", "page_scores (mean), one layer", ("7B", LONG, 1), "", "0.030", "0.012",
+     "the mean query is computed once; missed"),
+]  # fmt: skip
+"""What, its row, predicted before any measurement, measured at c992747, predicted after the changes since, why."""
+
+
+def predictions() -> str:
+    """What was predicted, what came out, twice."""
+    found = Attention()
+    rows = []
+    for what, kernel, corner, first, came, second, reading in EXPECTED:
+        where = name_of(corner) if kernel == "mage" else corner[0]
+        row = found.rows[*corner, kernel]
+        rows.append([f"{what}, {where}", f"{row['floor_ms']:.4f}", first, came, second, f"{row['ms']:.4f}", reading])
+    peers = ("torch.topk of all keys, all layers", "flash-sdpa on compacted keys, one layer")
+    topk, flash = (found.ms(("7B", LONG, 1), name) for name in peers)
+    head = ["ms", "floor", "predicted", "c992747", "then predicted", found.record["commit"], "why"]
+    return (
+        f"{markdown(head, rows, words=1)}\n\nIn the same run: `torch.topk` in place of top_k {topk:.3f}, flash SDPA "
+        f"in place of small_attention {flash:.4f}."
+    )
+
+
+class Blocks:
+    """results/decode_h100.json: blocks at 128K of 32 steps, in CUDA graphs, unless said."""
+
+    def __init__(self) -> None:
+        self.record = read("decode_h100.json")
+
+    def find(self, model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0,
+             context: int = LONG, steps: int = STEPS, graph: bool = True) -> dict[str, Any] | None:  # fmt: skip
+        """The row of a case, None where it was not measured."""
+        keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
+        wanted = (model, batch, rule, kernel, dense, context, steps, graph)
+        rows = [row for row in self.record["rows"] if tuple(row[key] for key in keys) == wanted]
+        assert len(rows) <= 1, wanted
+        return rows[0] if rows else None
+
+    def row(self, *case: Any, **more: Any) -> dict[str, Any]:
+        """The row of a case that was measured."""
+        found = self.find(*case, **more)
+        assert found is not None, case
+        return found
+
+    def times(self, model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0) -> float:
+        """How many times slower than mage's its block is."""
+        return self.row(model, batch, rule, kernel, dense)["block_ms"] / self.row(model, batch, "mage")["block_ms"]
+
+
+CASES = [("7B", 1), ("1.5B", 1), ("SDAR-8B", 1), ("7B", 8), ("1.5B", 8)]
+ARMS: dict[str, tuple[str, str, int]] = {
+    "**MAGE**": ("mage", "ours", 0),
+    "MAGE, 2 dense layers": ("mage", "ours", 2),
+    "exact, ours": ("exact", "ours", 0),
+    "exact, flash SDPA on packed rows": ("exact", "sdpa", 0),
+    "exact, FlashInfer 0.6 fa2": ("exact", "flashinfer-fa2", 0),
+    "exact, FlashInfer 0.6 auto (fa3)": ("exact", "flashinfer-auto", 0),
+    "Quest, scores as published, 2 dense": ("quest", "ours", 2),
+    "Quest, scores as a product, 2 dense": ("quest-gemm", "ours", 2),
+    "Quest, by the mean query, 2 dense": ("quest-mean", "ours", 2),
+    "SparseD, 20 % dense, 30 % kept": ("sparsed", "ours", 0),
+    "SparseD, equal budget": ("sparsed-budget", "ours", 0),
+    "TidalDecode, 2 dense": ("tidal", "ours", 2),
+    "Sparse-dLLM, equal budget": ("sparse-dllm", "ours", 0),
+}
+
+
+def blocks() -> str:
+    """Milliseconds per block of every rule and exact kernel; then the steps of mage's blocks."""
+    found = Blocks()
+    mage = {case: found.row(*case, "mage") for case in CASES}
+    commits = {case: {row["commit"] for row in found.record["rows"]
+                      if (row["model"], row["batch"], row["context"], row["steps"]) == (*case, LONG, STEPS)}
+               for case in CASES}  # fmt: skip
+    assert all(len(of) == 1 for of in commits.values()), "a column mixes commits"
+    head = ["ms per block", *(f"{model} b={batch} ({', '.join(commits[model, batch])})" for model, batch in CASES)]
+    rows = []
+    for label, arm in ARMS.items():
+        cells = []
+        for model, batch in CASES:
+            row = found.find(model, batch, *arm)
+            ratio = (
+                ""
+                if label == "**MAGE**" or row is None
+                else f" ({row['block_ms'] / mage[model, batch]['block_ms']:.2f})"
+            )
+            cells.append(f"{row['block_ms']:.1f}{ratio}" if row else "")
+        rows.append([label, *cells])
+    no_graph = [found.find(*case, "mage", graph=False) for case in CASES]
+    rows.append(["MAGE without graphs", *(f"{row['block_ms']:.0f}" if row else "" for row in no_graph)])
+    rows.append(["floor of MAGE's block", *(f"{mage[case]['floor_ms']:.1f}" for case in CASES)])
+    for label, key in (("scoring step", "exact_ms"), ("choice", "select_ms"), ("commit", "commit_ms")):
+        rows.append([f"MAGE's {label}", *(f"{mage[case][key]:.2f}" for case in CASES)])
+    sparse = ((row["sparse_ms"], row["sparse_floor_ms"]) for row in mage.values())
+    rows.append(["**MAGE's sparse step**", *(f"{ms:.2f} ({ms / floor:.2f} x floor)" for ms, floor in sparse)])
+    return f"{markdown(head, rows)}\n\n{made_with(found.record)}, FlashInfer {found.record['versions']['flashinfer']}."
+
+
+def steps() -> str:
+    """Fewer steps and shorter contexts: mage against our own exact kernel and the packed flash SDPA."""
+    found, rows = Blocks(), []
+    for model, batch, context, count in (
+        ("7B", 1, LONG, 16),
+        ("7B", 1, LONG, 8),
+        ("1.5B", 8, LONG, 8),
+        ("7B", 1, 8192, STEPS),
+        ("1.5B", 1, 8192, STEPS),
+    ):
+        mage, ours, sdpa = (
+            found.find(model, batch, rule, kernel, context=context, steps=count)
+            for rule, kernel in (("mage", "ours"), ("exact", "ours"), ("exact", "sdpa"))
+        )
+        assert mage and ours and mage["commit"] == ours["commit"]
+        cells = [f"{mage['block_ms']:.1f}", f"{ours['block_ms']:.1f}", f"{sdpa['block_ms']:.1f}" if sdpa else ""]
+        cells += [f"{ours['block_ms'] / mage['block_ms']:.2f}", f"{mage['sparse_ms']:.2f}", mage["commit"]]
+        rows.append([f"{name_of((model, context, batch))}, S = {count}", *cells])
+    head = ["ms per block", "MAGE", "exact, ours", "exact, SDPA", "exact / MAGE", "sparse step", "commit"]
+    return markdown(head, rows)
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "products by cuBLAS": ("nvjet", "void cublasLt"),
+    "gate and up with SiLU, few_rows": ("gate_up_kernel",),
+    "output, down, head, few_rows": ("linear_kernel",),
+    "attention": ("attend_kernel", "hopper_split_kernel", "merge_kernel", "split_kernel"),
+    "norms and sums of parts": ("add_norm_kernel",),
+    "rope and append": ("rope_append_kernel",),
+    "heads copied back to tokens": ("void at::native::elementwise_kernel<128, 4",),
+    "SiLU and product": ("silu_mul_kernel",),
+}
+
+
+def profile() -> str:
+    """Where the milliseconds of a step go."""
+    found = read("profile_h100.json")["steps"]
+    columns = [
+        ("7B b=1 exact (3c09c66)", "7B-131072-b1-mage", "exact"),
+        ("7B b=1 sparse (3c09c66)", "7B-131072-b1-mage", "sparse"),
+        ("7B b=8 sparse (3c09c66)", "7B-131072-b8-mage", "sparse"),
+        ("1.5B b=8 sparse (3c09c66)", "1.5B-131072-b8-mage", "sparse"),
+        ("1.5B b=1 sparse (3c09c66)", "1.5B-131072-b1-mage", "sparse"),
+        ("**1.5B b=1 sparse (2bfb2d6)**", "1.5B-131072-b1-mage-2bfb2d6", "sparse"),
+    ]
+    totals = [dict.fromkeys([*GROUPS, "all else", "gaps between kernels", "**step**"], 0.0) for _ in columns]
+    for total, (_, case, kind) in zip(totals, columns, strict=True):
+        step = found[case][kind]
+        for kernel in step["kernels"]:
+            group = next((name for name, starts in GROUPS.items() if kernel["name"].startswith(starts)), "all else")
+            total[group] += kernel["ms"]
+        total["all else"] += step["busy_ms"] - sum(kernel["ms"] for kernel in step["kernels"])  # too short to be listed
+        total["gaps between kernels"], total["**step**"] = step["ms"] - step["busy_ms"], step["ms"]
+    rows = ([name, *(f"{total[name]:.2f}" if total[name] else "" for total in totals)] for name in totals[0])
+    return markdown(["ms", *(name for name, _, _ in columns)], rows)
+
+
+def verdict(met: bool) -> str:
+    """Bold where missed."""
+    return "met" if met else "**missed**"
+
+
+def bars() -> str:
+    """What was asked of the kernels and the engine, and what they do."""
+    kernels, engine = Attention(), Blocks()
+    rows = [*attention_bars(kernels), *engine_bars(engine)]
+    return "\n".join(["| asked | found | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def attention_bars(found: Attention) -> list[list[str]]:
+    """Of one layer's operations."""
+    lost = {c: found.best_peer(c) for c in CORNERS if found.best_peer(c)[1] < 1}
+    shown = "; ".join(
+        f"{name_of(c)}: {peer} {found.ms(c, PEERS[peer]):.5f}, ours {found.ms(c):.5f}" for c, (peer, _) in lost.items()
+    )
+    rows = [
+        [
+            "exact attention not slower than the fastest peer at any corner",
+            f"{len(CORNERS) - len(lost)} of {len(CORNERS)}" + (f" ({shown})" if shown else ""),
+            verdict(not lost),
+        ]
+    ]
+    for shape, allowed in (("1.5B", 1.4), ("7B", 1.6), ("SDAR-8B", 1.1)):
+        x = found.of_floor((shape, LONG, 8))
+        rows.append([f"{shape}, 128K, b=8 within {allowed} x floor", f"{x:.2f}", verdict(x <= allowed)])
+    cheap = [c for c in CORNERS if found.scores(c) <= 0.05]
+    extra = [found.scores(c) for c in CORNERS]
+    rows.append(
+        [
+            "scores add at most 5 %",
+            f"{min(extra):+.1%} to {max(extra):+.1%}; {len(cheap)} of {len(CORNERS)} corners within "
+            f"({', '.join(map(name_of, cheap))})",
+            verdict(len(cheap) == len(CORNERS)),
+        ]
+    )
+    for what, kernel, allowed in (
+        ("keys of 28 layers chosen (7B, 128K)", "select_keys, all layers", 0.25),
+        ("their compaction", "compact, all layers", 0.1),
+    ):
+        ms = found.ms(("7B", LONG, 1), kernel)
+        rows.append([f"{what} within {allowed} ms", f"{ms:.4f}", verdict(ms <= allowed)])
+    return rows
+
+
+WEIGHTS_MS = {"7B": (28 * (4608 + 3584 + 37888 + 18944) + 152064) * 3584 * 2 / 3.0e9,
+              "1.5B": (28 * (2048 + 1536 + 17920 + 8960) + 151936) * 1536 * 2 / 3.0e9}  # fmt: skip
+"""Every matrix of a forward pass read once at 3.0 TB/s."""
+
+
+def engine_bars(found: Blocks) -> list[list[str]]:
+    """Of steps and blocks."""
+    rows = []
+    for model, allowed in (("7B", 1.25), ("1.5B", 1.5)):
+        ms = found.row(model, 1, "mage")["sparse_ms"]
+        x = ms / WEIGHTS_MS[model]
+        asked = f"sparse step, {model} b=1, within {allowed} x its weights' reading"
+        rows.append([asked, f"{ms:.2f} ms over {WEIGHTS_MS[model]:.2f}: {x:.3f}", verdict(x <= allowed)])
+    long, short = (found.row("7B", 1, "mage", context=n, steps=s) for n, s in ((LONG, 16), (8192, STEPS)))
+    assert long["commit"] == short["commit"]
+    change = long["sparse_ms"] / short["sparse_ms"] - 1
+    rows.append(
+        [
+            "sparse step at 128K within 3 % of 8K (7B b=1)",
+            f"{change:+.1%} ({long['commit']}; not measured since)",
+            verdict(abs(change) <= 0.03),
+        ]
+    )
+    times = found.times("7B", 1, "exact", "flashinfer-auto")
+    rows.append(["7B b=1 at least 8 x faster than FlashInfer auto", f"{times:.2f}", verdict(times >= 8)])
+    for model, least in (("1.5B", 6.0), ("7B", 4.5)):
+        ours, sdpa = found.times(model, 8, "exact"), found.times(model, 8, "exact", "sdpa")
+        assert ours < sdpa
+        asked = f"{model} b=8 at least {least} x faster than the strongest exact kernel"
+        rows.append([asked, f"{ours:.2f}; ours is the strongest, over flash SDPA {sdpa:.2f}", verdict(ours >= least)])
+    for label, rule, dense, least in (
+        ("faithful Quest", "quest", 2, 3.35),
+        ("SparseD (20 %, 30 %)", "sparsed", 0, 2.28),
+    ):
+        there = [case for case in CASES if found.find(*case, rule, "ours", dense)]
+        ratios = {f"{case[0]} b={case[1]}": found.times(*case, rule, "ours", dense) for case in there}
+        met = [name for name, ratio in ratios.items() if ratio >= least]
+        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        says = verdict(len(met) == len(ratios)) + (f"; met by {', '.join(met)}" if 0 < len(met) < len(ratios) else "")
+        rows.append([f"at least {least} x faster than {label}", shown, says])
+    return rows
+
+
+def further() -> str:
+    """Quality and speed of what goes further."""
+    from study_further import tables  # needs torch
+
+    return tables(RESULTS / "further_h100.json")
+
+
+TABLES = {
+    "attention": attention,
+    "predictions": predictions,
+    "blocks": blocks,
+    "steps": steps,
+    "profile": profile,
+    "bars": bars,
+    "further": further,
+}
