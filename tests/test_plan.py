@@ -194,8 +194,9 @@ def test_offloaded_checkpoints_cost_the_device_nothing():
 
 SPARSE_OFF = {"weight": 0.0}
 SPARSE_ON = {"weight": 1.0, "budget": 128, "kl_weight": 0.0}
-ALIGNED = {"objective": {"sparse_distillation": SPARSE_OFF}, "train": {"rows": 8, "accumulation": 2}}
-ALIGNED_AND_SPARSE = {"objective": {"sparse_distillation": SPARSE_ON}, "train": {"rows": 4, "accumulation": 4}}
+PLAIN = {"kernels": "plain"}
+ALIGNED = {"objective": {"sparse_distillation": SPARSE_OFF}, "train": PLAIN | {"rows": 8, "accumulation": 2}}
+ALIGNED_AND_SPARSE = {"objective": {"sparse_distillation": SPARSE_ON}, "train": PLAIN | {"rows": 4, "accumulation": 4}}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_a_config_alone_is_enough(config_only):
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["parameters"] == 7615616512
-    assert found["streams"] == "all-mask + noisy + clean"
+    assert found["streams"] == "sparse (25%) + all-mask + noisy + clean"
     assert found["tokens"] == 200 * 8 * 4096
     assert found["fits"]
     assert found["peak_gib"] == pytest.approx(sum(item["amount"] for item in found["memory"]))

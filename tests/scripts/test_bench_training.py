@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_case_goes_through_the_trainer_and_is_not_run_again(bench, tmp_path, c
     (row,) = result["rows"]
     assert row.keys() >= COLUMNS
     assert (row["model"], row["length"], row["rows"]) == ("7b", 256, 1)
-    assert row["terms"] == ["diffusion", "query_alignment", "attention_alignment"]
+    assert row["terms"] == ["diffusion", "query_alignment", "attention_alignment", "sparse_distillation"]
     assert row["tokens_per_step"] == 2 * 256 and row["steps_timed"] == 2
     assert row["tokens_per_s"] == pytest.approx(row["tokens_per_step"] / row["step_s"])
     assert row["loss"] > 1  # it did train
@@ -56,7 +57,15 @@ def test_a_case_goes_through_the_trainer_and_is_not_run_again(bench, tmp_path, c
 def test_baselines_are_the_same_step(bench, tmp_path, monkeypatch):
     """Loss of dense masks and full logits, to rounding; and ours beside it at the same length."""
     short = [
-        bench.Case(f"b-{kind}", "7b", {"train.accumulation": 1}, baseline=kind, lengths=(2048,), steps=1, warmup=1)
+        bench.Case(
+            f"b-{kind}",
+            "7b",
+            {"train.accumulation": 1} | bench.NO_STUDENT,
+            baseline=kind,
+            lengths=(2048,),
+            steps=1,
+            warmup=1,
+        )
         for kind in bench.BASELINES
     ]
     monkeypatch.setattr(bench, "all_cases", lambda: short)
@@ -98,6 +107,38 @@ def test_every_case_is_a_recipe(bench, tmp_path):
         recipe = bench.case_recipe(case, None, False, tmp_path / "ids.npy")
         assert recipe.model.random_weights is not None
         assert recipe.train.steps == case.warmup + case.steps
+
+
+def test_cases_differ_in_their_students(bench, tmp_path):
+    cases = {case.name: case for case in bench.all_cases()}
+    found = {
+        name: bench.Estimate(recipe, *bench.read_model(recipe)).stream_names
+        for name in ("7b-fused", "7b-no-student", "7b-whole-student")
+        for recipe in [bench.case_recipe(cases[name], None, False, tmp_path / "ids.npy")]
+    }
+    assert found == {
+        "7b-fused": "sparse (25%) + all-mask + noisy + clean",
+        "7b-no-student": "all-mask + noisy + clean",
+        "7b-whole-student": "sparse + all-mask + noisy + clean",
+    }
+
+
+class FakeProfile:
+    """Of a GPU: a compiled kernel launched by an operator, and the span that torch.compile marks around it."""
+
+    def events(self):
+        gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+        kernel = SimpleNamespace(name="triton_poi_fused_0", duration=2000.0)
+        return [
+            SimpleNamespace(name="launch", device_type=cpu, input_shapes=[[8, 8]], kernels=[kernel]),
+            SimpleNamespace(name="triton_poi_fused_0", device_type=gpu, device_time=2000.0),
+            SimpleNamespace(name="## Call CompiledFxGraph f6u ##", device_type=gpu, device_time=2000.0),
+        ]
+
+
+def test_spans_of_compiled_graphs_are_not_counted_beside_their_kernels(bench):
+    parts, kernels = bench.split(FakeProfile(), 32, 152064, True)
+    assert parts == {"glue": 2.0} and kernels == {"triton_poi_fused_0": 2.0}
 
 
 @pytest.mark.parametrize(
