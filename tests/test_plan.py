@@ -206,11 +206,12 @@ ALIGNED_AND_SPARSE = {"objective": {"sparse_distillation": SPARSE_ON}, "train": 
         ("smollm2-135m", ALIGNED, 38.83),
         ("smollm2-135m", ALIGNED_AND_SPARSE, 28.2),
         ("smollm2-135m-convert", {"model": {"dtype": "float32"}}, 51.6),
+        ("smollm2-135m", {}, 34.0),  # the recipe as it is, fused, with real weights
     ],
 )
 def test_peaks_measured_on_an_h100(name, sections, measured):
-    """docs/log.md and results/*.json; the bar of issue 6 is 10 %, these are within 3."""
-    assert peak(smollm2(ROOT / "recipes" / f"{name}.yaml", **sections)) == pytest.approx(measured, rel=0.03)
+    """docs/log.md and results/*.json; the bar of issue 6 is 10 %, these are within 4."""
+    assert peak(smollm2(ROOT / "recipes" / f"{name}.yaml", **sections)) == pytest.approx(measured, rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +221,50 @@ def test_peaks_measured_on_an_h100(name, sections, measured):
         ("smollm2-135m-convert", {"train": {"rows": 4, "accumulation": 5}}, 1.2),
         ("smollm2-135m", ALIGNED, 0.99),
         ("smollm2-135m", ALIGNED_AND_SPARSE, 1.88),
+        ("smollm2-135m", {}, 1.256),
     ],
 )
 def test_step_times_measured_on_an_h100(name, sections, measured):
     estimate = smollm2(ROOT / "recipes" / f"{name}.yaml", **sections)
     assert sum(item.amount for item in estimate.time(CARDS["h100"])) == pytest.approx(measured, rel=0.15)
+
+
+MEASURED = json.loads((ROOT / "results" / "training_h100.json").read_text())["rows"]
+SIZES = {
+    "smollm2-135m-convert": SMOLLM2,
+    "1.5b": Shape(151936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True, qkv_bias=True),
+    "7b": Shape(152064, 3584, 18944, 28, 28, 4, 128, tie_embeddings=False, qkv_bias=True),
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in MEASURED if row.get("predicted_gib") is not None], ids=lambda row: row["case"]
+)
+def test_the_training_benchmark_of_an_h100(row):
+    """Each row of results/training_h100.json: memory within 10 %, the bar of issue 6, and time within 15 %."""
+    recipe = load_recipe(ROOT / "recipes" / f"{row['model']}.yaml").model_dump()
+    names = ("rows", "accumulation", "kernels", "checkpointing", "offload")
+    recipe["train"] |= {name: row[name] for name in names}
+    recipe["data"]["length"] = row["length"]
+    recipe["model"]["quantise"] = row["quantised"] or "none"
+    student = recipe["objective"]["sparse_distillation"]
+    student["weight"] = float("sparse_distillation" in row["terms"])
+    student["share"] = 1.0 if row["stream_names"].startswith("sparse +") else student["share"]
+    family = get_family("converted" if row["model"].startswith("smollm2") else "fast_dllm_v2")
+    estimate = Estimate(Recipe.model_validate(recipe), SIZES[row["model"]], family)
+    assert estimate.stream_names == row["stream_names"]
+    assert peak(estimate) == pytest.approx(row["peak_gib"], rel=0.10)
+    assert sum(item.amount for item in estimate.time(CARDS["h100"])) == pytest.approx(row["step_s"], rel=0.15)
+
+
+def test_ranks_that_are_no_multiple_of_eight_cost_more_than_their_size():
+    def seconds(rank: int) -> float:
+        estimate = smollm2(
+            ROOT / "recipes" / "smollm2-135m-convert.yaml", adapter={"rank": rank}, train={"kernels": "fused"}
+        )
+        return next(item.amount for item in estimate.time(CARDS["h100"]) if item.name == "adapters")
+
+    assert seconds(36) > 1.3 * seconds(40) == pytest.approx(1.3 * seconds(32))
 
 
 def test_recomputing_keeps_a_layer_input_each_and_one_whole_layer():
@@ -284,7 +324,8 @@ def test_a_config_alone_is_enough(config_only):
     assert found["hours"] == pytest.approx(200 * sum(item["amount"] for item in found["time"]) / 3600)
     table = CliRunner().invoke(app, [*options, "--gpu", "rtx4090"], catch_exceptions=False).stdout
     assert "does not fit" in table
-    assert "checkpoints" in table
+    assert "activations" in table and "checkpoints" not in table  # its layers are fused and nothing is recomputed
+    assert "with train.checkpointing=non_reentrant it needs" in " ".join(table.split())
     assert "flex mask" in table
 
 

@@ -3,23 +3,33 @@
 **Memory.** Activations are counted tensor by tensor: what autograd keeps of one decoder layer for its backward pass,
 times tokens of all streams, times layers (or, with checkpointing, the layer's input times layers plus one whole
 layer). The peak is where the loss starts its backward pass, or where the first layer is recomputed. No constant is
-fitted. Against runs of SmolLM2-135M on one H100 (torch 2.11, transformers 5.17, peak_gib of the caching allocator):
+fitted. Against runs on one H100 (torch 2.11, transformers 5.17, peak_gib of the caching allocator):
 
-    rows x streams x 2048 tokens, rank                        measured   predicted
-    16 x 2, 36, mask embedding (conversion)                   44.8 GiB   44.7 (-0.4 %)
-    8 x 3, 32, query and attention alignment                  38.8 GiB   38.0 (-2.2 %)
-    4 x 4, 32, the same and sparse cross-entropy, budget 128  28.2 GiB   27.6 (-2.0 %)
-    16 x 2, 36, frozen weights in float32                     51.6 GiB   51.5 (-0.2 %)
+    rows x streams x tokens, rank                                     measured   predicted
+    SmolLM2-135M, plain layers
+    16 x 2 x 2048, 36, mask embedding (conversion)                    44.8 GiB   44.7 (-0.4 %)
+    8 x 3 x 2048, 32, query and attention alignment                   38.8 GiB   38.0 (-2.2 %)
+    4 x 4 x 2048, 32, the same and sparse cross-entropy, budget 128   28.2 GiB   27.6 (-2.0 %)
+    16 x 2 x 2048, 36, frozen weights in float32                      51.6 GiB   51.5 (-0.2 %)
+    fused layers
+    conversion                                                        24.9 GiB   24.8 (-0.4 %)
+    recipes/smollm2-135m.yaml, 8 x 4 x 2048                           34.0 GiB   32.8 (-3.5 %)
+    1.5B, 1 x 3.25 x 4096 (recipe) and 2 x 3.25 x 4096          27.5, 51.4 GiB   27.6, 50.1 (+0.5, -2.6 %)
+    7B, 1 x 3.25 x 4096 (recipe)                                63.5 - 64.0 GiB   62.9 (-0.9 to -1.7 %)
 
-In the third line the KL part was off (with it, 29.1 GiB are predicted). None of the runs recomputes activations, and
-all are of plain layers: what `train.checkpointing` saves, fused kernels, offload and 4-bit weights are counted the same
-way and not yet compared with a measurement on a GPU (the tests compare them with what autograd keeps).
+The KL part was off in all of them (on the third line it would add 0.9 GiB), and none recomputes activations: what
+`train.checkpointing` saves, offload and 4-bit weights are counted the same way and not yet compared with a measurement
+on a GPU (the tests compare them with what autograd keeps).
 
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of other
-cards), attention at FlexAttention's usual rates, everything between them as memory traffic, and never less than the
-host needs to launch it all. Three constants are fitted to steps on that H100: `TRAFFIC` to conversion with 16 rows
-(0.541 s), `LAUNCH_S` to the same with 4 rows (0.24 s), `LAUNCH_PER_TERM` to the third line above (0.47 s). Per
-micro-step, the second line then comes out at 0.43 s (measured: 0.495), the fourth at 0.60 s (measured: 0.634).
+cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels profiled
+there (results/training_h100.json), the terms as bytes of their operators, and the host's launches, which hide behind
+the device's work only in part. What the profiles tell is a constant with its source; four more are fitted to steps of
+plain layers of SmolLM2 on that H100: `TRAFFIC` to conversion with 16 rows (0.541 s), `LAUNCH_S` to the same with 4 rows
+(0.24 s), `LAUNCH_PER_TERM` and `OVERLAP` to the second and third line above (0.495 and 0.47 s a micro-step). Steps of
+fused layers were not fitted, but for the rates of their profiles. Seconds, measured and predicted: conversion 0.331,
+0.329; 1.5B recipe with two micro-steps 0.833, 0.817; with 8 of 2 rows 5.84, 5.51; 7B with two 2.14, 2.02; with 16 17.0,
+16.2. The SmolLM2 recipe takes 1.26 and is given 1.08 (-14 %); no profile of it says where the rest goes.
 
 FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that repeats or measures
 (recompute, weight gradients of the adapter, sparse scoring, the teacher's pass) takes time and does not count for
@@ -48,12 +58,25 @@ SCORED_BLOCKS = 16
 """Blocks scored at once for sparse distillation (`selection.choose_keys`)."""
 GEMM_SHARE = 737 / 989
 """Highest rate of a matrix product over the card's peak, as measured on an H100."""
-FLEX_SHARE = (400 / 989, 280 / 989)
-"""FlexAttention's forward and backward rate over the peak, on an H100."""
-TRAFFIC = 25.0
+FLEX_SHARE = (307 / 989, 193 / 989)
+"""FlexAttention's forward and backward rate over the peak, as profiled in 7B's micro-step of rows of 4096 tokens."""
+BANDWIDTH_SHARE = 0.8
+"""Bandwidth of elementwise kernels over the data sheet's; SwiGLU's two are profiled at 0.76 and 0.87."""
+LORA_SHARE, UNALIGNED_LORA_SHARE = 2.13 / 3.35, 1.58 / 3.35
+"""The same of fused layers' adapter products, which wait for memory: profiled at 2.13 (7B) and 2.11 TB/s (1.5B) for
+rank 32, and at 1.58 for rank 36 (SmolLM2's conversion), whose rows are not multiples of 16 bytes."""
+LOGIT_BYTES = 75
+"""Read and written per logit, made twice: profiled at 77 (SmolLM2) and 73 (7B) at `BANDWIDTH_SHARE`."""
+TRAFFIC = 22.3
 """Times a kept byte is read or written in forward and backward; fitted, see the module's docstring."""
-LAUNCH_S, LAUNCH_PER_TERM = 0.008, 1 / 3
+LAUNCH_S, LAUNCH_PER_TERM = 0.0075, 1 / 6
 """Seconds the host needs per layer and micro-step, and what each auxiliary term adds to it; fitted likewise."""
+OVERLAP = 3
+"""Power of the mean that host and device take together: the host is ahead in long kernels and late in short ones."""
+ALIGNMENT_PASSES, SCORING_PASSES = 22, 11
+"""Times that attention alignment (on either side) and sparse scoring read or write a float32 score, counted."""
+CUT_PASSES = {"alignment": 10, "sparse": 20}
+"""Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
 
@@ -305,13 +328,15 @@ class Estimate:
         terms = sum(getattr(self.recipe.objective, name).weight > 0 for name in AUXILIARY)
         launches = LAUNCH_S * (1 + LAUNCH_PER_TERM * terms) * (4 / 3 if self.is_recomputed else 1)
         host = self.recipe.train.accumulation * self.shape.num_layers * launches
-        waiting = max(host - sum(part.amount for part in parts), 0.0)
-        yield Item("waiting for the host", waiting, f"it needs {host:.2f} s to launch the kernels")
+        device = sum(part.amount for part in parts)
+        waiting = (device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP) - device
+        yield Item("waiting for the host", waiting, f"it needs {host:.2f} s to launch the kernels, most of it in time")
 
     def _device_time(self, card: Card) -> Iterator[Item]:
         steps, shape, peak = self.recipe.train.accumulation, self.shape, card.tflops * 1e12
         passes = 6 if self.is_recomputed else 4
-        adapter_passes = passes + 2  # their weights have gradients too
+        # Their weights have gradients too. Those of fused layers wait for memory and are counted there.
+        adapter_passes = 0 if self.is_fused else passes + 2
         linear: float = (passes * shape.linear_parameters + adapter_passes * self.adapter_parameters) * self.tokens
         feed_forward = shape.num_layers * shape.hidden_size * shape.intermediate_size
         if self.is_mlp_recomputed:
@@ -331,46 +356,71 @@ class Estimate:
         rates = " and ".join(f"{share * card.tflops:.0f}" for share in FLEX_SHARE)
         yield Item("attention", steps * seconds, f"{steps * (forward + backward) / 1e12:.0f} TFLOP at {rates}")
         moved = self._fused_traffic() if self.is_fused else self.layer_bytes() * TRAFFIC
-        moved *= shape.num_layers * (4 / 3 if self.is_recomputed else 1)
+        again = shape.num_layers * (4 / 3 if self.is_recomputed else 1)
+        moved *= again
         if self.is_quantised:
             linear_passes = 3 if recomputes else 2
             moved += linear_passes * shape.linear_parameters * (NF4_BYTES + 2 * self.compute_bytes)
-        moved += 40 * shape.vocab_size * self._predictions()
-        bandwidth = 0.8 * card.tb_per_s * 1e12
+        moved += LOGIT_BYTES * shape.vocab_size * self._predictions()
+        bandwidth = BANDWIDTH_SHARE * card.tb_per_s * 1e12
         yield Item(
             "memory traffic", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB at {bandwidth / 1e12:.1f} TB/s"
         )
+        if self.is_fused:
+            share = UNALIGNED_LORA_SHARE if self._rank % 8 else LORA_SHARE
+            adapters, speed = again * self._adapter_traffic(), share * card.tb_per_s * 1e12
+            yield Item(
+                "adapters", steps * adapters / speed, f"{steps * adapters / 1e12:.1f} TB at {speed / 1e12:.1f} TB/s"
+            )
         yield from self._term_time(rate, bandwidth)
 
     def _fused_traffic(self) -> float:
-        """Bytes that one fused layer moves outside its products, forward and backward, with nothing recomputed.
+        """Bytes that one fused layer moves between its products, forward and backward, with nothing recomputed.
 
         Per token: norms read and write 14 times the hidden size, residual additions 12; SwiGLU 9 times its own size.
-        An adapter's products read the input three times and add to its gradient once; they add to the output once and
-        read the output's gradient twice. Further products that share an input add to its gradient. Rotary positions
-        and the layout of heads take 12 passes over queries and keys.
+        Further products that share an input add to its gradient. Rotary positions and the layout of heads take 12
+        passes over queries and keys.
         """
-        shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
+        shape, size = self.shape, self.compute_bytes
         hidden, wide = shape.hidden_size, shape.intermediate_size
-        groups = {("q_proj", "k_proj", "v_proj"): hidden, ("o_proj",): shape.query_size}
-        groups |= {("gate_proj", "up_proj"): hidden, ("down_proj",): wide}
-        inputs = sum(width for names, width in groups.items() if targets & set(names))
-        outputs = sum(shape.linears[name][1] for name in targets)
-        per_token = size * (9 * wide + 4 * inputs + 4 * outputs + 6 * hidden + 12 * (shape.query_size + shape.key_size))
+        per_token = size * (9 * wide + 6 * hidden + 12 * (shape.query_size + shape.key_size))
         return float(self.tokens * (per_token + 26 * self.residual_bytes * hidden))
 
+    def _adapter_traffic(self) -> float:
+        """Bytes that the adapters' products of one fused layer move, likewise.
+
+        They read the input three times and add to its gradient once; they add to the output once and read the output's
+        gradient twice.
+        """
+        shape, targets = self.shape, set(self._targets)
+        groups = {("q_proj", "k_proj", "v_proj"): shape.hidden_size, ("o_proj",): shape.query_size}
+        groups |= {("gate_proj", "up_proj"): shape.hidden_size, ("down_proj",): shape.intermediate_size}
+        inputs = sum(width for names, width in groups.items() if targets & set(names))
+        outputs = sum(shape.linears[name][1] for name in targets)
+        return float(self.tokens * self.compute_bytes * 4 * (inputs + outputs))
+
     def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
-        """Extra work of the auxiliary terms."""
+        """Extra work of the auxiliary terms: bytes of the operators of one layer's attention, counted at 7B's sizes.
+
+        Beside what they compute, terms cut queries and keys into streams; each cut's gradient is a whole row of zeros
+        with a part filled in, and is added to the others'.
+        """
         steps, shape, terms = self.recipe.train.accumulation, self.shape, self.recipe.objective
         alignment, sparse = terms.attention_alignment, terms.sparse_distillation
+        moved: float
+        passes = CUT_PASSES["alignment"] * (alignment.weight > 0 or terms.query_alignment.weight > 0)
+        passes += CUT_PASSES["sparse"] * (sparse.weight > 0)
+        if passes:
+            moved = shape.num_layers * self.tokens * self.compute_bytes * (shape.query_size + shape.key_size) * passes
+            yield Item("cutting streams", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, {passes} passes")
         if alignment.weight > 0:
             layers = max(shape.num_layers - alignment.skip_layers, 0)
-            moved = layers * self._alignment_pairs() * 4 * 2 * 10  # ten float32 passes on either side
+            moved = layers * self._alignment_pairs() * 4 * 2 * ALIGNMENT_PASSES
             yield Item("attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB")
         if sparse.weight > 0:
             layers = max(shape.num_layers - sparse.dense_layers, 0)
             pairs = self.rows * shape.num_heads * self.row.length * self.row.sparse_length
-            moved = layers * pairs * 4 * 7
+            moved = layers * pairs * 4 * SCORING_PASSES
             yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
                 flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length
