@@ -21,15 +21,15 @@ The KL part was off in all of them (on the third line it would add 0.9 GiB), and
 `train.checkpointing` saves, offload and 4-bit weights are counted the same way and not yet compared with a measurement
 on a GPU (the tests compare them with what autograd keeps).
 
-**Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of other
-cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels profiled
-there (results/training_h100.json), the terms as bytes of their operators, and the host's launches, which hide behind
-the device's work only in part. What the profiles tell is a constant with its source; four more are fitted to steps of
-plain layers of SmolLM2 on that H100: `TRAFFIC` to conversion with 16 rows (0.541 s), `LAUNCH_S` to the same with 4 rows
-(0.24 s), `LAUNCH_PER_TERM` and `OVERLAP` to the second and third line above (0.495 and 0.47 s a micro-step). Steps of
-fused layers were not fitted, but for the rates of their profiles. Seconds, measured and predicted: conversion 0.331,
-0.329; 1.5B recipe with two micro-steps 0.833, 0.817; with 8 of 2 rows 5.84, 5.51; 7B with two 2.14, 2.02; with 16 17.0,
-16.2. The SmolLM2 recipe takes 1.26 and is given 1.08 (-14 %); no profile of it says where the rest goes.
+**Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of
+other cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels
+profiled there (results/training_h100.json), the terms as bytes of their operators, and the host's launches, which hide
+behind the device's work only in part. What the profiles tell is a constant with its source. Four are fitted to steps
+of SmolLM2 on that H100: `TRAFFIC` to conversion with plain layers and 16 rows (0.541 s), `LAUNCH_S` to the same with 4
+rows (0.24 s), `LAUNCH_PER_TERM` to the third line above (0.47 s a micro-step), `OVERLAP` to conversion with fused
+layers (0.331 s). Seconds, measured and predicted: 1.5B recipe with two micro-steps 0.833, 0.817; with 8 of 2 rows
+5.84, 5.51; 7B with two 2.14, 2.02; with 16 17.0, 16.2; the second line above 0.495, 0.50 a micro-step. The SmolLM2
+recipe takes 1.26 and is given 1.08 (-14 %); no profile of it says where the rest goes.
 
 FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that repeats or measures
 (recompute, weight gradients of the adapter, sparse scoring, the teacher's pass) takes time and does not count for
