@@ -42,6 +42,7 @@ from mage_kernels.online_softmax import LOG2_E
 from mage_kernels.select_keys import select_keys
 from mage_kernels.small_attention import small_attention
 from mage_tune.environment import environment
+from mage_tune.evals.store import write_whole
 
 CONTEXT, TILE, STEPS = 131072, 128, 32
 BUDGETS = (128, 512, 1024)
@@ -321,7 +322,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result | {"speed": about | {"rows": rows}}, indent=1) + "\n")
+        write_whole(arguments.out, json.dumps(result | {"speed": about | {"rows": rows}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

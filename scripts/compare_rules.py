@@ -459,8 +459,23 @@ def short_markdown(result: Mapping[str, Any], budget: int = 128) -> str:
     return "\n".join(lines)
 
 
+def in_both_styles(draw: Callable[[Path], None], path: Path) -> None:
+    """Draw on white, and for dark pages on black beside it (NAME-dark.png)."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for style, target in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
+        with plt.style.context(style):
+            draw(target)
+
+
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Gap against k of every rule, on white, and for dark pages on black beside it (NAME-dark.png)."""
+    """Gap against k of every rule, light and dark."""
+    in_both_styles(lambda target: draw(result, target), path)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Gap against k of every rule, the worst at the smallest budget first in the legend."""
     import matplotlib.pyplot as plt
 
     gaps: dict[str, dict[int, float]] = defaultdict(dict)
@@ -468,24 +483,18 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         gaps[row["label"]][row["budget"]] = row["ce_gap"]["mean"]
     budgets = result["settings"]["budgets"]
     ordered = sorted(gaps, key=lambda label: -gaps[label][budgets[0]])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for style, target in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
-        with plt.style.context(style):
-            figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-            for i, label in enumerate(ordered):
-                is_mage = label == "mage"
-                look = {"linewidth": 2.5, "zorder": 3} if is_mage else {"linewidth": 1.2, "alpha": 0.9}
-                color = "#1f6feb" if is_mage else plt.colormaps["tab20"](i / 12)
-                axes.plot(
-                    budgets, [gaps[label][k] for k in budgets], "o-", label=label, color=color, markersize=4, **look
-                )
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(budgets, [str(k) for k in budgets])
-            axes.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8)
-            axes.set(xlabel="keys kept, k", ylabel="CE gap to exact attention, nats")
-            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-            figure.savefig(target, dpi=110)
-            plt.close(figure)
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for i, label in enumerate(ordered):
+        color, width = ("#1f6feb", 2.5) if label == "mage" else (plt.colormaps["tab20"](i / len(ordered)), 1.2)
+        means = [gaps[label][k] for k in budgets]
+        axes.plot(budgets, means, "o-", label=label, color=color, markersize=4, linewidth=width)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(k) for k in budgets])
+    axes.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8)
+    axes.set(xlabel="keys kept, k", ylabel="CE gap to exact attention, nats")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _shown(found: Mapping[str, float] | None, digits: int, sign: bool = False) -> str:
@@ -622,7 +631,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.table is not None:
             result = json.loads(arguments.table.read_text())
-            print(markdown(result)) if arguments.plot is None else plot(result, arguments.plot)
+            if arguments.plot is None:
+                print(markdown(result))
+            else:
+                plot(result, arguments.plot)
             return 0
         result = run(arguments)
     except (OSError, ValueError) as error:

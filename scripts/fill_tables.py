@@ -198,18 +198,19 @@ def demo_table(file: str = "demo_cpu.json") -> str:
     return "\n".join(lines)
 
 
-def speed_table(file: str = "decode_h100.json") -> str:
+def speed_table() -> str:
     """Time per output block at the longest context: exact attention by every kernel, other rules, mage."""
-    record = json.loads((ROOT / "results" / file).read_text())
-    context, steps = 131072, 32
+    from performance_tables import LONG, STEPS, Blocks
+
+    blocks = Blocks()
     commits: dict[int, set[str]] = defaultdict(set)
 
     def block(model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0) -> float | None:
-        wanted = (model, batch, rule, kernel, dense, context, steps, True)
-        keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
-        found = [row for row in record["rows"] if tuple(row[key] for key in keys) == wanted]
-        commits[batch].update(row["commit"] for row in found)
-        return found[0]["block_ms"] if found else None
+        row = blocks.find(model, batch, rule, kernel, dense)
+        if row is None:
+            return None
+        commits[batch].add(row["commit"])
+        return float(row["block_ms"])
 
     columns = {
         "exact, FlashInfer auto": ("exact", "flashinfer-auto"),
@@ -230,11 +231,11 @@ def speed_table(file: str = "decode_h100.json") -> str:
         cells = [f"{time:.0f}" if time is not None else "" for time in times.values()]
         assert times["mage"] is not None
         lines.append(f"| {model}, batch {batch} | {' | '.join(cells)} | {exact / times['mage']:.2f}x |")
-    versions = record["versions"]
+    record, versions = blocks.record, blocks.record["versions"]
     measured_at = "; ".join(f"{', '.join(sorted(found))} (batch {batch})" for batch, found in commits.items())
     lines += [
         "",
-        f"Milliseconds per block of 32 tokens at {context // 1024}K tokens of context, {steps} steps and the commit, "
+        f"Milliseconds per block of 32 tokens at {LONG // 1024}K tokens of context, {STEPS} steps and the commit, "
         f"k = 512, bfloat16, CUDA graphs; random weights of the exact shapes and random keys. {record['device']}, "
         f"torch {versions['torch']}, triton {versions['triton']}, FlashInfer {versions['flashinfer']}, "
         f"commit {measured_at}.",
@@ -246,7 +247,6 @@ def performance_table(name: str) -> Callable[[], str]:
     """A table of docs/performance.md."""
 
     def table() -> str:
-        sys.path.insert(0, str(ROOT / "scripts"))
         from performance_tables import TABLES as tables  # of what goes further: needs torch
 
         return tables[name]()

@@ -56,6 +56,8 @@ def main() -> int:
         return 0
     if arguments.model is None:
         parser.error("a model is needed, unless --table is given")
+    if arguments.only_check and not (arguments.out and arguments.out.is_file()):
+        parser.error("--only-check adds to a result: name it with --out")
     started = time.perf_counter()
     lm = load(arguments.model, adapter=arguments.adapter)
     options = RulerOptions(
@@ -75,8 +77,7 @@ def main() -> int:
     if arguments.only_check:
         for task in tasks:
             task.prepare(lm)
-        found = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {"minutes": 0}
-        add_check(found, lm, tasks, arguments)
+        add_check(json.loads(arguments.out.read_text()), lm, tasks, arguments)
         return 0
     plan = Plan("ruler", options.model_dump(), list(tasks), [Arm(), Arm("base", "mage", arguments.budget)])
     found = measure(lm, plan, Store(arguments.folder), has_adapter=arguments.adapter is not None)

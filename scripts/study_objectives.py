@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from compare_rules import Arm as Decoding
-from compare_rules import Task, answer_all, probe_window, tasks_of, window_order
+from compare_rules import Task, answer_all, in_both_styles, probe_window, tasks_of, window_order
 from rich.console import Console
 
 from mage_tune import load
@@ -562,13 +562,8 @@ def weights_table(content: dict[str, Any]) -> str:
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
-    """`draw` on white, and for dark pages on black beside it (NAME-dark.png)."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for style, target in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
-        with plt.style.context(style):
-            draw(content, target)
+    """`draw`, light and dark."""
+    in_both_styles(lambda target: draw(content, target), path)
 
 
 def draw(content: dict[str, Any], path: Path) -> None:

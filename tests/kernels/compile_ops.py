@@ -4,11 +4,10 @@ The interpreter runs kernels as Python and lets pass what the compiler refuses (
 branch, say). Here launches stop after compilation.
 
     python tests/kernels/compile_ops.py            # all shapes
-    python tests/kernels/compile_ops.py 7B small   # these, with one tile size, as test_compiles_for_hopper.py does
+    python tests/kernels/compile_ops.py 7B small   # these, as test_compiles_for_hopper.py does
 """
 
 import sys
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -67,7 +66,7 @@ def pretend_to_be_an_h100() -> None:
     mage_kernels.exact_attention.triton.num_slots = lambda _: 132
 
 
-def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch.dtype, tiles: Sequence) -> None:
+def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch.dtype) -> None:
     """What attention and selection of a model launch; the numbers themselves are never computed."""
     rows, given = heads // kv_heads * BLOCK, {"impl": "triton"}
     query = torch.zeros(batch, kv_heads, rows, dim, dtype=dtype)
@@ -76,7 +75,7 @@ def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: to
     scale = dim**-0.5
     count = torch.full((batch, kv_heads), KEYS, dtype=torch.int32)
     index = torch.zeros(batch, kv_heads, KEYS, dtype=torch.int32)
-    for tile in tiles:
+    for tile in (None, 64, 128):
         out = exact_attention(query, key, key, lengths, scale, own_key=own, own_value=own, tile=tile, **given)
         if tile:
             mass = tile_mass(out.tile_log_mass, out.log_mass, lengths, tile, **given)
@@ -126,13 +125,12 @@ def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch
 def main(names: list[str]) -> None:
     """The shapes named, all by default: one row and eight in bf16; the small one in fp16 too."""
     pretend_to_be_an_h100()
-    tiles = (64,) if names else (None, 64, 128)
     for name in names or SHAPES:
         for batch in (1, 8) if not names else (1,):
-            compile_attention(*SHAPES[name], batch, torch.bfloat16, tiles)
+            compile_attention(*SHAPES[name], batch, torch.bfloat16)
         compile_layers(*SHAPES[name], 1, torch.bfloat16)
     if not names:
-        compile_attention(*SHAPES["small"], 1, torch.float16, tiles)
+        compile_attention(*SHAPES["small"], 1, torch.float16)
     for kernel, variants in sorted(launched.items()):
         print(f"compiled {kernel} {len(variants)}")
     print("triton", triton.__version__)
