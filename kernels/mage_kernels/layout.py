@@ -36,6 +36,23 @@ def check_counts(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError(f"{op}: {name} must be contiguous int32, got {tensor.dtype} with strides {tensor.stride()}")
 
 
+def check_block(op: str, query: Tensor, block: int | None) -> None:
+    """Raises ValueError unless the packed rows are those of whole blocks."""
+    if block is not None and (block < 1 or query.shape[-2] % block):
+        raise ValueError(f"{op}: {query.shape[-2]} packed rows are not those of a block of {block} positions")
+
+
+def by_token(rows: Tensor, block: int) -> Tensor:
+    """(batch, KV heads, R, D) packed rows -> (batch * block, query heads * D), what an output projection reads."""
+    return rows.unflatten(2, (-1, block)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+
+
+def output_shape(query: Tensor, block: int) -> tuple[int, ...]:
+    """Of attention's output: by packed row, or by token for a block of so many positions (0 for packed)."""
+    batch, heads, num_rows, head_dim = query.shape
+    return (batch * block, heads * num_rows // block * head_dim) if block else (batch, heads, num_rows, head_dim)
+
+
 def with_layers(tensor: Tensor, dims: int) -> Tensor:
     """A view of `tensor` with a dimension of layers in front of its last `dims` ones, which may be there already."""
     return tensor.unsqueeze(0) if tensor.dim() == dims else tensor

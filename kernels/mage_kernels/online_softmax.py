@@ -34,3 +34,14 @@ def attend_tile(
     b_sum = b_sum * b_old + b_tile
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
     return b_acc, b_new, b_sum, b_tile
+
+
+@triton.jit
+def output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS: tl.constexpr):
+    """Where the output of packed row o_m goes, in rows of D: as packed, or of POSITIONS tokens each query head's."""
+    if POSITIONS == 0:
+        o_row = (i_b * num_heads + i_h) * num_rows + o_m
+    else:
+        group = num_rows // POSITIONS
+        o_row = ((i_b * POSITIONS + o_m % POSITIONS) * num_heads + i_h) * group + o_m // POSITIONS
+    return o_row

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from mage_kernels.layout import by_token
 from mage_tune.bench.checks import check_engine, check_kernel
 from mage_tune.decode.attention import block_forward, extend
 from mage_tune.decode.cache import PrefixCache
 from mage_tune.decode.engine.blocks import Blocks, most_steps
 from mage_tune.decode.engine.engine import Engine
 from mage_tune.decode.engine.generate import engine_settings, generate
-from mage_tune.decode.engine.kernels import Sdpa, by_head, page_numbers, pages_of
+from mage_tune.decode.engine.kernels import Sdpa, page_numbers, pages_of
 from mage_tune.decode.engine.weights import SHAPES, random_weights, weights_of
 from mage_tune.decode.rules import Exact, Mage, make_rule
 from mage_tune.lm import BlockDiffusionLM, from_backbone
@@ -124,7 +125,7 @@ def test_the_checks_before_a_benchmark_pass_here() -> None:
 
 
 def test_the_checks_find_a_wrong_kernel(monkeypatch):
-    monkeypatch.setattr(Sdpa, "attend", lambda self, layer, rows, seen: by_head(rows, 32))
+    monkeypatch.setattr(Sdpa, "attend", lambda self, layer, rows, seen: by_token(rows, 32))
     assert not check_kernel("sdpa", torch.device("cpu"), torch.float32).is_fine
 
 

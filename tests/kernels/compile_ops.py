@@ -7,7 +7,9 @@ branch, say). Here launches stop after compilation.
     python tests/kernels/compile_ops.py 7B small   # these, as test_compiles_for_hopper.py does
 """
 
+import re
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -39,6 +41,8 @@ SHAPES = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "SDAR-8B": (32, 8, 128), "sm
 """Name -> query heads, KV heads, head_dim."""
 
 launched: dict[str, set[str]] = {}
+overlapping: set[str] = set()
+"""Kernels whose launches may begin before the kernel before them has ended."""
 
 
 def compile_instead(run):
@@ -47,9 +51,24 @@ def compile_instead(run):
     def compiled(self, *args, **options):
         kernel = run(self, *args, **{**options, "warmup": True})
         launched.setdefault(self.fn.__name__, set()).add(kernel.hash)
+        if kernel.metadata.launch_pdl:
+            check_waits(self.fn.__name__, kernel.asm["ptx"])
+            overlapping.add(self.fn.__name__)
         return kernel
 
     return compiled
+
+
+TOO_EARLY = re.compile(r"^\s*(@%?\w+\s+)?(bra|ret|exit|[ls][dt]\.global|cp\.async\.c[ag]|atom|red)\b.*", re.MULTILINE)
+"""Branches, with which a program could pass by the wait, and whatever reads or writes global memory."""
+
+
+def check_waits(name: str, ptx: str) -> None:
+    """Every program waits for the kernels before it, and touches nothing until then (`mage_kernels.overlap`)."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    early = TOO_EARLY.search(before)
+    if not wait or early:
+        raise AssertionError(f"{name} {f'does before its wait: {early[0].strip()}' if wait else 'never waits'}")
 
 
 def pretend_to_be_an_h100() -> None:
@@ -63,6 +82,7 @@ def pretend_to_be_an_h100() -> None:
     driver.set_active(stub)
     JITFunction.run = compile_instead(JITFunction.run)
     mage_kernels.choice._why_not_here = lambda *_: None
+    mage_kernels.choice._can_overlap = lambda *_: True
     mage_kernels.exact_attention.triton.num_slots = lambda _: 132
 
 
@@ -80,14 +100,14 @@ def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: to
         if tile:
             mass = tile_mass(out.tile_log_mass, out.log_mass, lengths, tile, **given)
             select_keys(query, key, out.log_mass, mass, lengths, scale, KEYS, tile=tile, **given)
-    exact_attention(query, key, key, lengths, scale, **given)
+    exact_attention(query, key, key, lengths, scale, block=BLOCK, **given)
     mean_probability(query, key, out.log_mass, lengths, scale, **given)
     mean_logit(query, key, lengths, scale, **given)
     for length in (CONTEXT, 131072):
         top_k(torch.zeros(batch, kv_heads, length), KEYS, lengths, sinks=4, recent=64, **given)
     kept = torch.zeros(batch, kv_heads, KEYS + BLOCK, dim, dtype=dtype)
     compact(key, key, index, count, kept, kept.clone(), **given)
-    small_attention(query, kept, kept, count, scale, own=BLOCK, **given)
+    small_attention(query, kept, kept, count, scale, own=BLOCK, block=BLOCK, **given)
     gather_attention(query, key, key, index, count, scale, own_key=own, own_value=own, **given)
     low, high = (torch.zeros(batch, kv_heads, CONTEXT // 16, dim, dtype=dtype) for _ in range(2))
     update_pages(low, high, key, lengths, page=16, added=BLOCK, **given)
@@ -110,9 +130,11 @@ def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch
     table = torch.zeros(CONTEXT, dim // 2)
     cache = torch.zeros(batch, kv_heads, CONTEXT, dim, dtype=dtype)
     position = torch.zeros(batch, dtype=torch.int64)
-    qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    width = (heads + 2 * kv_heads) * dim
+    weight, bias = torch.zeros(width, hidden, dtype=dtype), torch.zeros(width, dtype=dtype)
+    projected = (torch.zeros(tokens, width, dtype=dtype), linear_parts(residual[:BLOCK], weight, bias, **given))
     norm = torch.ones(dim, dtype=dtype)
-    for norms in ((None, None), (norm, norm)):
+    for qkv, norms in product(projected, ((None, None), (norm, norm))):
         rope_append(qkv, table, table, position, cache, cache.clone(), position, *norms, **given)
     confidence(torch.zeros(BLOCK, 4096, dtype=dtype), exclude=3, **given)
     ids, progress, left = (torch.zeros(batch, *size, dtype=torch.int64) for size in ((BLOCK,), (3,), ()))
@@ -132,7 +154,7 @@ def main(names: list[str]) -> None:
     if not names:
         compile_attention(*SHAPES["small"], 1, torch.float16)
     for kernel, variants in sorted(launched.items()):
-        print(f"compiled {kernel} {len(variants)}")
+        print(f"compiled {kernel} {len(variants)}{' overlaps' * (kernel in overlapping)}")
     print("triton", triton.__version__)
 
 

@@ -26,7 +26,7 @@ def test_linear(device, dtype, shape):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "parts"), [(8192, 64, 4), (8256, 64, 4), (512, 70 * 64, 1), (512, 128, 4)]
+    ("inputs", "outputs", "parts"), [(8192, 64, 4), (8256, 64, 4), (512, 70 * 64, 2), (512, 133 * 64, 1), (512, 128, 4)]
 )
 def test_parts_add_up_to_the_product(device, dtype, inputs, outputs, parts):
     x, weight = tensors(3, inputs, outputs, dtype, device)
@@ -35,6 +35,16 @@ def test_parts_add_up_to_the_product(device, dtype, inputs, outputs, parts):
     exact = x.double() @ weight.double().T
     eager = relative_error(linear(x, weight, impl="reference"), exact)
     assert relative_error(found.sum(0), exact) <= 2 * eager + 1e-6
+
+
+def test_the_first_part_brings_the_bias(device, dtype):
+    x, weight = tensors(3, 512, 130, dtype, device)
+    bias = torch.randn(130, device=device).to(dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    parts = linear_parts(x, weight, bias, impl="triton")
+    assert len(parts) > 1
+    eager = relative_error(linear_parts(x, weight, bias, impl="reference")[0], exact)
+    assert relative_error(parts.sum(0), exact) <= 2 * eager + 1e-6
 
 
 def test_add_norm_takes_parts(device, dtype):

@@ -65,6 +65,20 @@ def test_rope_append(device, dtype, head_dim, has_norm):
     within_budget(op, qkv, norms)
 
 
+def test_rope_append_adds_up_parts(device, dtype):
+    batch, size, heads, kv_heads, head_dim = 2, 4, 6, 2, 16
+    parts = torch.randn(3, batch * size, (heads + 2 * kv_heads) * head_dim, device=device)
+    angle = torch.rand(8, head_dim // 2, device=device)
+    at = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    for qkv_of, impl in product((lambda p: p, lambda p: (p[0] + p[1] + p[2]).to(dtype)), ("triton", "reference")):
+        cache = torch.zeros(2, batch, kv_heads, 8, head_dim, dtype=dtype, device=device)
+        rows = rope_append(qkv_of(parts), angle.cos(), angle.sin(), at, *cache, at, impl=impl)
+        assert rows.dtype == dtype
+        if qkv_of(parts) is parts and impl == "triton":
+            expected = rows, cache
+        torch.testing.assert_close((rows, cache), expected, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-5)
+
+
 def test_rope_append_packs_rows_by_head_and_keeps_lengths(device, dtype):
     """Rotation by position zero is the identity: what comes out is what went in, head by head."""
     batch, size, heads, kv_heads, head_dim = 1, 4, 4, 2, 16

@@ -1,5 +1,7 @@
 """Attention over chosen keys: compacted (small_attention), or read through the list (gather_attention)."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -44,6 +46,30 @@ def test_against_float64(rows, dim, dtype, device):
     check_rows(q, caches, index, count, own, 0.2, *small_attention(q, *buffers, count, 0.2, own=8, impl="triton"))
     got = gather_attention(q, *caches, index, count, 0.2, own_key=own[0], own_value=own[1], impl="triton")
     check_rows(q, caches, index, count, own, 0.2, *got)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_token_by_token(device, impl):
+    """For each place of the block all query heads, where rows are packed by query head."""
+    q, caches, index, count, buffers, own = make(24, 70, 37, 8, 16, torch.float16, device)
+    lengths = torch.tensor([70, 23], dtype=torch.int32, device=device)
+    of_own = {"own_key": own[0], "own_value": own[1], "impl": impl}
+    for attend in (
+        lambda **block: small_attention(q, *buffers, count, 0.2, own=8, impl=impl, **block)[0],
+        lambda **block: gather_attention(q, *caches, index, count, 0.2, **of_own, **block)[0],
+        lambda **block: exact_attention(q, *caches, lengths, 0.2, **of_own, **block).out,
+    ):
+        rows, tokens = attend(), attend(block=8)
+        assert tokens.shape == (2 * 8, 2 * 3 * 16)
+        by_place = tokens.view(2, 8, 2, 3, 16)
+        for row, place, head, query_head in product(range(2), range(8), range(2), range(3)):
+            assert torch.equal(by_place[row, place, head, query_head], rows[row, head, query_head * 8 + place])
+
+
+def test_rows_of_no_whole_block():
+    x, ones = torch.zeros(1, 1, 12, 16), torch.ones(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="12 packed rows are not those of a block of 8 positions"):
+        small_attention(x, x, x, ones, 1.0, own=0, block=8)
 
 
 def test_nothing_seen_is_zero(device):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mage_kernels.choice import choose, tensor_core_limit
 from mage_kernels.exact_attention import hopper, reference
-from mage_kernels.layout import check_counts, check_last_stride, check_rows, check_shape
+from mage_kernels.layout import by_token, check_block, check_counts, check_last_stride, check_rows, check_shape
 
 TILES = (16, 32, 64, 128)
 
@@ -23,7 +23,8 @@ class Attended(NamedTuple):
     """What a block's rows saw; log-sum-exps are natural logarithms of scaled logits, float32."""
 
     out: Tensor
-    """(batch, KV heads, R, D) in the queries' dtype; 0 for a row that saw nothing."""
+    """(batch, KV heads, R, D), or (batch * block, query heads * D), in the queries' dtype; 0 for a row that saw
+    nothing."""
     log_mass: Tensor
     """(batch, KV heads, R): log-sum-exp over prefix and block; -inf for a row that saw nothing."""
     prefix_log_mass: Tensor
@@ -50,6 +51,7 @@ def exact_attention(
     own_key: Tensor | None = None,
     own_value: Tensor | None = None,
     tile: int | None = None,
+    block: int | None = None,
     impl: str = "auto",
 ) -> Attended:
     """Attention over `lengths` keys of the cache and over all keys of the block itself.
@@ -61,6 +63,7 @@ def exact_attention(
         scale: factor on the logits, 1 / sqrt(D).
         own_key, own_value: (batch, KV heads, B, D) of the block, all visible to every row; both or neither.
         tile: keys per tile (16, 32, 64 or 128; 64 and 128 are fast) to return `tile_log_mass`; None to leave it out.
+        block: positions of a block, to get `out` token by token.
         impl: see the package's docstring.
 
     Raises:
@@ -81,8 +84,10 @@ def exact_attention(
         tensors += [own_key, own_value]
     if tile is not None and tile not in TILES:
         raise ValueError(f"{op}: tile {tile} is none of {TILES}")
+    check_block(op, query, block)
     if not choose(op, impl, *tensors, lengths, limit=tensor_core_limit(*tensors)):
-        return Attended(*reference.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile))
+        seen = Attended(*reference.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile))
+        return seen if block is None else seen._replace(out=by_token(seen.out, block))
     from mage_kernels.exact_attention import triton
 
-    return Attended(*triton.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile))
+    return Attended(*triton.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile, block or 0))

@@ -18,8 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mage_kernels.choice import overlap
 from mage_kernels.exact_attention import hopper
-from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile
+from mage_kernels.layout import output_shape
+from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile, output_row
+from mage_kernels.overlap import start_when_due
 
 
 @triton.jit
@@ -50,10 +53,12 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     num_splits,
     TILE_MASS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows of one KV head against one part of its prefix's whole tiles."""
     i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    start_when_due(OVERLAP)
     tiles = tl.load(lengths + i_b) // BLOCK_N
     per_split = tl.cdiv(tiles, num_splits)
     start = tl.minimum(i_split * per_split, tiles)
@@ -103,7 +108,7 @@ def merge_kernel(
     part_out,
     part_mass,
     tile_mass,
-    out,  # [batch * heads, R, D]
+    out,  # [batch * heads, R, D], or [batch, POSITIONS, query heads, D]
     log_mass,  # [batch * heads, R]
     prefix_log_mass,  # [batch * heads, R]
     qk_scale,
@@ -135,6 +140,8 @@ def merge_kernel(
     OWN: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     TILE_MASS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows and BLOCK_V channels of one KV head: the parts of the prefix, its last keys, the block's own.
 
@@ -148,6 +155,7 @@ def merge_kernel(
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     m_m = o_m < num_rows
     m_first = m_m & (i_v == 0)  # what all programs of these rows know, one of them writes
+    start_when_due(OVERLAP)
     b_q = tl.load(
         query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d, mask=m_m[:, None] & (o_d < D), other=0.0
     )
@@ -193,7 +201,7 @@ def merge_kernel(
     if OWN > 0:
         b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
-    p_out = out + o_row[:, None] * D + o_v
+    p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_v
     tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & (o_v < D))
     tl.store(log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
 
@@ -249,9 +257,10 @@ def exact_attention(
     own_key: Tensor | None,
     own_value: Tensor | None,
     tile: int | None,
+    block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `mage_kernels.exact_attention.exact_attention`."""
-    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, tile or 0)
+    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, tile or 0, block)
     return *seen, tile_log_mass if tile else None
 
 
@@ -265,8 +274,10 @@ def _op(
     own_key: Tensor | None,
     own_value: Tensor | None,
     tile: int,
+    block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch(make_plan(query, key, value, tile), query, key, value, lengths, scale, own_key, own_value, tile)
+    plan = make_plan(query, key, value, tile)
+    return launch(plan, query, key, value, lengths, scale, own_key, own_value, tile, block)
 
 
 @_op.register_fake
@@ -279,17 +290,18 @@ def _(
     own_key: Tensor | None,
     own_value: Tensor | None,
     tile: int,
+    block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(query, key, tile)
+    return _outputs(query, key, tile, block)
 
 
-def _outputs(query: Tensor, key: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, num_rows, head_dim = query.shape
+def _outputs(query: Tensor, key: Tensor, tile: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, num_rows, _ = query.shape
     num_tiles = -(-key.shape[-2] // tile) if tile else 0
     rows = (batch, heads, num_rows)
     floats: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     return (
-        torch.empty(*rows, head_dim, dtype=query.dtype, device=query.device),
+        torch.empty(output_shape(query, block), dtype=query.dtype, device=query.device),
         torch.empty(rows, **floats),
         torch.empty(rows, **floats),
         torch.empty(batch, heads, num_tiles, num_rows, **floats),
@@ -313,11 +325,12 @@ def launch(
     own_key: Tensor | None,
     own_value: Tensor | None,
     tile: int,
+    block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both kernels under a plan; `tile`, if not 0, is the plan's block_n."""
+    """Both kernels under a plan; `tile`, if not 0, is the plan's block_n, and `block` puts `out` in order of tokens."""
     assert not tile or tile == plan.block_n
     batch, heads, num_rows, head_dim = query.shape
-    out, log_mass, prefix_log_mass, tile_mass = _outputs(query, key, tile)
+    out, log_mass, prefix_log_mass, tile_mass = _outputs(query, key, tile, block)
     parts = (batch * heads, plan.num_splits, num_rows)
     part_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
     part_mass = torch.empty(parts, dtype=torch.float32, device=query.device)
@@ -349,6 +362,7 @@ def launch(
             BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n,
             TILE_MASS=tile > 0,
+            **overlap(query),
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
         )
@@ -387,6 +401,8 @@ def launch(
         OWN=own,
         BLOCK_OWN=max(16, triton.next_power_of_2(own)),
         TILE_MASS=tile > 0,
+        POSITIONS=block,
+        **overlap(query),
         num_warps=4,
         num_stages=2,
     )

@@ -2,7 +2,8 @@
 
 Nothing but the reading of the weights costs time there, and cuBLAS reads them at 65 to 88 % of the copy rate for the
 published shapes. These kernels stream them once, split the inner dimension over programs where a matrix has too few
-rows of tiles to fill the GPU, and leave the sum of such parts to the operation that follows (`add_norm`).
+rows of tiles to fill the GPU, and leave the sum of such parts to the operation that follows (`add_norm`,
+`rope_append`).
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ def linear(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         return reference.linear(x, weight)
     from mage_kernels.few_rows import triton
 
-    return triton.linear(x, weight, parts=1)[0]
+    return triton.linear(x, weight, None, parts=1)[0]
 
 
-def linear_parts(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
-    """x @ weight.T as parts of its sum, for `add_norm` to add up.
+def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """x @ weight.T + bias as parts of its sum, for `add_norm` and `rope_append` to add up.
 
     Args:
         x, weight, impl: as for `linear`.
+        bias: (outputs,); it is in the first part.
 
     Returns:
         (parts, n, outputs), float32 and as many parts as suit the shape from Triton; one part of the inputs' dtype from
@@ -53,10 +55,10 @@ def linear_parts(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         RuntimeError: "triton" was asked for and cannot run.
     """
     if not _choose("linear_parts", impl, x, weight):
-        return reference.linear(x, weight)[None]
+        return reference.linear(x, weight, bias)[None]
     from mage_kernels.few_rows import triton
 
-    return triton.linear(x, weight, parts=triton.best_parts(weight))
+    return triton.linear(x, weight, bias, parts=triton.best_parts(weight))
 
 
 def gate_up(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:

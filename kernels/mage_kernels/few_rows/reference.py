@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `mage_kernels.few_rows.linear`."""
-    return F.linear(x, weight)
+    return F.linear(x, weight, bias)
 
 
 def gate_up(x: Tensor, weight: Tensor) -> Tensor:

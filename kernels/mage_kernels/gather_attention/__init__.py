@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mage_kernels.choice import choose, tensor_core_limit
 from mage_kernels.gather_attention import reference
-from mage_kernels.layout import check_counts, check_last_stride, check_rows, check_shape
+from mage_kernels.layout import by_token, check_block, check_counts, check_last_stride, check_rows, check_shape
 
 
 def gather_attention(
@@ -23,6 +23,7 @@ def gather_attention(
     *,
     own_key: Tensor,
     own_value: Tensor,
+    block: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over keys `index` of the cache and the block's own.
@@ -34,6 +35,7 @@ def gather_attention(
         count: (batch, KV heads) int32: how many of them are meant, the first ones.
         scale: factor on the logits.
         own_key, own_value: (batch, KV heads, B, D) of the block, always visible.
+        block: as for `small_attention`.
 
     Returns:
         out, log_mass: as `small_attention`.
@@ -46,9 +48,11 @@ def gather_attention(
     check_shape(op, "own_value", own_value, tuple(own_key.shape))
     check_last_stride(op, "own_key", own_key)
     check_last_stride(op, "own_value", own_value)
+    check_block(op, query, block)
     tensors = (query, key, value, own_key, own_value)
     if not choose(op, impl, *tensors, index, count, limit=tensor_core_limit(*tensors)):
-        return reference.gather_attention(query, key, value, index, count, scale, own_key, own_value)
+        out, log_mass = reference.gather_attention(query, key, value, index, count, scale, own_key, own_value)
+        return out if block is None else by_token(out, block), log_mass
     from mage_kernels.gather_attention import triton
 
-    return triton.gather_attention(query, key, value, index, count, scale, own_key, own_value)
+    return triton.gather_attention(query, key, value, index, count, scale, own_key, own_value, block or 0)

@@ -20,11 +20,12 @@ def gather_attention(
     scale: float,
     own_key: Tensor,
     own_value: Tensor,
+    block: int,
 ) -> tuple[Tensor, Tensor]:
     """See `mage_kernels.gather_attention.gather_attention`."""
     batch, heads, num_rows, head_dim = query.shape
     plan = make_plan(batch * heads, num_rows, head_dim)
-    return launch(plan, query, key, value, own_key, own_value, index, count, scale)
+    return launch(plan, query, key, value, own_key, own_value, index, count, scale, block)
 
 
 @gather_attention.register_fake
@@ -37,5 +38,6 @@ def _(
     scale: float,
     own_key: Tensor,
     own_value: Tensor,
+    block: int,
 ) -> tuple[Tensor, Tensor]:
-    return outputs(query)
+    return outputs(query, block)

@@ -26,7 +26,8 @@ def rope_append(
     """Rotate queries and keys, write keys and values of B consecutive tokens per row, return packed query rows.
 
     Args:
-        qkv: (batch * B, (query heads + 2 * KV heads) * D), contiguous: queries, keys, values.
+        qkv: (batch * B, (query heads + 2 * KV heads) * D), or (parts, batch * B, ...) whose sum it is
+            (`few_rows.linear_parts`), contiguous: queries, keys, values.
         cosine, sine: (positions, D / 2) float32.
         positions: (batch,) integer position of each row's first token.
         keys, values: (batch, KV heads, slots, D), any strides with D contiguous; written in place.
@@ -50,13 +51,16 @@ def rope_append(
     check_shape("rope_append", "sine", sine, (cosine.shape[0], head_dim // 2))
     check_last_stride("rope_append", "keys", keys)
     check_last_stride("rope_append", "values", values)
-    if qkv.dim() != 2 or qkv.shape[0] % batch or qkv.shape[1] % head_dim:
+    if qkv.dim() == 2:
+        qkv = qkv[None]
+    if qkv.dim() != 3 or qkv.shape[1] % batch or qkv.shape[2] % head_dim:
         raise ValueError(f"rope_append: qkv of shape {tuple(qkv.shape)} does not fit {batch} rows of heads {head_dim}")
     if (query_norm is None) != (key_norm is None):
         raise ValueError("rope_append: give both head norms or neither")
-    shape = (batch, kv_heads, (qkv.shape[1] // head_dim - 2 * kv_heads) // kv_heads * (qkv.shape[0] // batch), head_dim)
+    group = qkv.shape[2] // head_dim // kv_heads - 2
+    shape = (batch, kv_heads, group * (qkv.shape[1] // batch), head_dim)
     if rows is None:
-        rows = qkv.new_empty(shape)
+        rows = keys.new_empty(shape)
     check_shape("rope_append", "rows", rows, shape)
     limit = None if qkv.is_contiguous() and rows.is_contiguous() else "qkv or rows is not contiguous"
     if choose("rope_append", impl, qkv, cosine, sine, positions, keys, values, slots, limit=limit):

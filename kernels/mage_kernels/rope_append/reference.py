@@ -21,6 +21,7 @@ def rope_append(
 ) -> None:
     """See `mage_kernels.rope_append.rope_append`."""
     batch, kv_heads, _, head_dim = keys.shape
+    qkv = qkv.sum(0).to(rows.dtype)
     size = qkv.shape[0] // batch
     heads = qkv.view(batch, size, -1, head_dim).transpose(1, 2)  # (batch, heads, B, D)
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)

@@ -8,10 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mage_kernels.choice import overlap
+from mage_kernels.overlap import start_when_due
+
+
+@triton.jit
+def load_sum(p, part_stride, mask, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """The sum of what lies at p in all parts, rounded to dtype."""
+    b_sum = tl.load(p, mask=mask, other=0.0)
+    if PARTS > 1:
+        for i_part in tl.static_range(1, PARTS):
+            b_sum += tl.load(p + i_part * part_stride, mask=mask, other=0.0)
+    return b_sum.to(dtype)
+
 
 @triton.jit
 def rope_append_kernel(
-    qkv_ptr,
+    qkv_ptr,  # [PARTS, tokens, heads * D]
     cosine_ptr,
     sine_ptr,
     positions_ptr,
@@ -22,23 +35,29 @@ def rope_append_kernel(
     keys_ptr,
     values_ptr,
     eps,
+    num_tokens,
     KEY_STRIDES,
     VALUE_STRIDES,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Owns one head of one token; heads are numbered queries first, then keys, then values."""
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_batch, i_place = i_token // SIZE, i_token % SIZE
     o_half = tl.arange(0, BLOCK)
     m_half = o_half < HALF
-    p_head = qkv_ptr + (i_token * (HEADS + 2 * KV_HEADS) + i_head) * 2 * HALF
-    b_low = tl.load(p_head + o_half, mask=m_half, other=0.0)  # [BLOCK]
-    b_high = tl.load(p_head + HALF + o_half, mask=m_half, other=0.0)
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    o_head = (i_token * (HEADS + 2 * KV_HEADS) + i_head) * 2 * HALF
+    part_stride = num_tokens * (HEADS + 2 * KV_HEADS) * 2 * HALF
+    start_when_due(OVERLAP)
+    b_low = load_sum(qkv_ptr + o_head + o_half, part_stride, m_half, PARTS, dtype)  # [BLOCK]
+    b_high = load_sum(qkv_ptr + o_head + HALF + o_half, part_stride, m_half, PARTS, dtype)
     s_slot = tl.load(slots_ptr + i_batch).to(tl.int64) + i_place
     if i_head >= HEADS + KV_HEADS:
         i_kv = i_head - HEADS - KV_HEADS
@@ -55,7 +74,6 @@ def rope_append_kernel(
             b_weight_low = tl.load(p_norm + o_half, mask=m_half, other=0.0).to(tl.float32)
             b_weight_high = tl.load(p_norm + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
             # Rounded where the unfused code rounds: after the scale and after the weight.
-            dtype = qkv_ptr.dtype.element_ty
             b_low = ((b_wide_low * s_scale).to(dtype).to(tl.float32) * b_weight_low).to(dtype)
             b_high = ((b_wide_high * s_scale).to(dtype).to(tl.float32) * b_weight_high).to(dtype)
         o_table = (tl.load(positions_ptr + i_batch).to(tl.int64) + i_place) * HALF + o_half
@@ -90,8 +108,8 @@ def rope_append(
 ) -> None:
     """See `mage_kernels.rope_append.rope_append`."""
     batch, kv_heads, _, head_dim = keys.shape
-    tokens, size = qkv.shape[0], qkv.shape[0] // batch
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    parts, tokens, width = qkv.shape
+    heads = width // head_dim - 2 * kv_heads
     rope_append_kernel[(tokens, heads + 2 * kv_heads)](
         qkv,
         cosine,
@@ -104,13 +122,16 @@ def rope_append(
         keys,
         values,
         eps,
+        tokens,
         KEY_STRIDES=keys.stride()[:3],
         VALUE_STRIDES=values.stride()[:3],
-        SIZE=size,
+        SIZE=tokens // batch,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HAS_NORM=query_norm is not None,
+        PARTS=parts,
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
+        **overlap(qkv),
     )

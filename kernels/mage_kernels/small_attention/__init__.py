@@ -9,12 +9,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from mage_kernels.choice import choose, tensor_core_limit
-from mage_kernels.layout import check_counts, check_rows
+from mage_kernels.layout import by_token, check_block, check_counts, check_rows
 from mage_kernels.small_attention import reference
 
 
 def small_attention(
-    query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, *, own: int, impl: str = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    count: Tensor,
+    scale: float,
+    *,
+    own: int,
+    block: int | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over slots 0 to count - 1 and the last `own` slots.
 
@@ -24,9 +32,11 @@ def small_attention(
         count: (batch, KV heads) int32 valid keys in front, 0 to k, on the device.
         scale: factor on the logits.
         own: the block's keys at the end, 0 or more, always visible.
+        block: positions of a block, to get `out` token by token.
 
     Returns:
-        out: (batch, KV heads, R, D) in the queries' dtype; 0 for a row that sees nothing.
+        out: (batch, KV heads, R, D), or (batch * block, query heads * D), in the queries' dtype; 0 for a row that sees
+            nothing.
         log_mass: (batch, KV heads, R) float32 log-sum-exp; -inf for a row that sees nothing.
 
     Raises:
@@ -36,10 +46,12 @@ def small_attention(
     op = "small_attention"
     check_rows(op, query, key, value)
     check_counts(op, "count", count, tuple(query.shape[:2]))
+    check_block(op, query, block)
     if not 0 <= own <= key.shape[-2]:
         raise ValueError(f"{op}: own {own} is not between 0 and the {key.shape[-2]} slots")
     if not choose(op, impl, query, key, value, count, limit=tensor_core_limit(query, key, value)):
-        return reference.small_attention(query, key, value, count, scale, own)
+        out, log_mass = reference.small_attention(query, key, value, count, scale, own)
+        return out if block is None else by_token(out, block), log_mass
     from mage_kernels.small_attention import triton
 
-    return triton.small_attention(query, key, value, count, scale, own)
+    return triton.small_attention(query, key, value, count, scale, own, block or 0)

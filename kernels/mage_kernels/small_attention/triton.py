@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile
+from mage_kernels.choice import overlap
+from mage_kernels.layout import output_shape
+from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile, output_row
+from mage_kernels.overlap import let_next_start, prefetch, wait
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def attend_kernel(
     own_value,
     index,  # [batch * heads, k], read where GATHER
     count,  # [batch * heads]
-    out,  # [batch * heads, R, D]
+    out,  # [batch * heads, R, D], or [batch, POSITIONS, query heads, D]
     log_mass,  # [batch * heads, R]
     qk_scale,
     num_rows,
@@ -53,10 +56,22 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     OWN,
     GATHER: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SHARE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows of one KV head."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    p_k = key + i_b * k_batch + i_h * k_head
+    p_v = value + i_b * v_batch + i_h * v_head
+    let_next_start(OVERLAP)
+    if OVERLAP and not GATHER:  # the programs of a KV head share its keys, and the asking for them
+        o_share = tl.minimum(i_m * SHARE + tl.arange(0, SHARE), k + OWN - 1)
+        BYTES: tl.constexpr = D * key.dtype.element_ty.primitive_bitwidth // 128 * 16
+        prefetch(p_k + o_share * k_row, BYTES)
+        prefetch(p_v + o_share * v_row, BYTES)
+    wait(OVERLAP)
     num_keys = tl.load(count + i_bh)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -66,8 +81,6 @@ def attend_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_k = key + i_b * k_batch + i_h * k_head
-    p_v = value + i_b * v_batch + i_h * v_head
     p_own_k = own_key + i_b * ok_batch + i_h * ok_head
     p_own_v = own_value + i_b * ov_batch + i_h * ov_head
     total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
@@ -83,9 +96,8 @@ def attend_kernel(
         b_v = tl.load(p_value, mask=m_nd, other=0.0)
         b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
-    o_row = i_bh * num_rows + o_m
-    tl.store(log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
-    p_out = out + o_row[:, None] * D + o_d[None, :]
+    tl.store(log_mass + i_bh * num_rows + o_m, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+    p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_d[None, :]
     tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_md)
 
 
@@ -120,11 +132,15 @@ def launch(
     index: Tensor | None,
     count: Tensor,
     scale: float,
+    block: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the front keys (listed, or the first ones) and the block's own, under a plan."""
     batch, heads, num_rows, head_dim = query.shape
-    out, log_mass = outputs(query)
-    attend_kernel[(triton.cdiv(num_rows, plan.block_m), batch * heads)](
+    out, log_mass = outputs(query, block)
+    own = own_key.shape[-2]
+    front = key.shape[-2] - own if index is None else index.shape[-1]
+    programs = triton.cdiv(num_rows, plan.block_m)
+    attend_kernel[(programs, batch * heads)](
         query,
         key,
         value,
@@ -136,7 +152,7 @@ def launch(
         log_mass,
         scale * LOG2_E.value,
         num_rows,
-        0 if index is None else index.shape[-1],
+        front,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -147,30 +163,35 @@ def launch(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        OWN=own_key.shape[-2],
+        OWN=own,
         GATHER=index is not None,
+        POSITIONS=block,
+        SHARE=triton.next_power_of_2(max(1, triton.cdiv(front + own, programs))),
+        **overlap(query),
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
     return out, log_mass
 
 
-def outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(query: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Uninitialised (out, log_mass)."""
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return query.new_empty(output_shape(query, block)), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("mage_kernels::small_attention", mutates_args=())
 def small_attention(
-    query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, own: int
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, own: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """See `mage_kernels.small_attention.small_attention`."""
     batch, heads, num_rows, head_dim = query.shape
     front = key.shape[-2] - own
     plan = make_plan(batch * heads, num_rows, head_dim)
-    return launch(plan, query, key, value, key[:, :, front:], value[:, :, front:], None, count, scale)
+    return launch(plan, query, key, value, key[:, :, front:], value[:, :, front:], None, count, scale, block)
 
 
 @small_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, own: int) -> tuple[Tensor, Tensor]:
-    return outputs(query)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, own: int, block: int
+) -> tuple[Tensor, Tensor]:
+    return outputs(query, block)

@@ -26,7 +26,7 @@ from mage_kernels.rope_append import rope_append
 from mage_kernels.small_attention import small_attention
 from mage_kernels.top_k import top_k
 from mage_tune.decode.engine.cache import Cache, KeptKeys
-from mage_tune.decode.engine.kernels import ExactKernel, by_head
+from mage_tune.decode.engine.kernels import ExactKernel
 from mage_tune.decode.engine.weights import Weights
 from mage_tune.decode.rules import Quest, Tidal
 
@@ -47,7 +47,10 @@ class Frame:
     def append(
         self, layer: int, qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None = None
     ) -> Tensor:
-        """Write a block's keys and values from `slots` on; returns its packed query rows (batch, KV heads, R, D)."""
+        """Write a block's keys and values from `slots` on; returns its packed query rows (batch, KV heads, R, D).
+
+        `qkv` is the projection, or parts of its sum (`forward.Attend`).
+        """
         weights = self.weights.layers[layer]
         return rope_append(
             qkv,
@@ -68,15 +71,6 @@ class Frame:
         """`append` to the buffer beside the cache."""
         return self.append(layer, qkv, self.own_key, self.own_value, self.no_slots, rows)
 
-    def tokens(self, rows: Tensor) -> Tensor:
-        """(batch, KV heads, R, D) -> (batch * B, query heads * D)."""
-        return tokens_of(by_head(rows, self.block_size))
-
-
-def tokens_of(heads: Tensor) -> Tensor:
-    """(batch, query heads, B, D) -> (batch * B, query heads * D)."""
-    return heads.transpose(1, 2).reshape(heads.shape[0] * heads.shape[2], -1)
-
 
 @dataclass
 class ExactAttention:
@@ -92,7 +86,7 @@ class ExactAttention:
         if layer == 0 or self._seen is None:  # once per pass; wherever some layers are exact, the first is
             self._seen = cache.lengths + frame.block_size
         rows = frame.append(layer, qkv, cache.keys[layer], cache.values[layer], cache.lengths)
-        return tokens_of(self.kernel.attend(layer, rows, self._seen))
+        return self.kernel.attend(layer, rows, self._seen)
 
 
 class Observer(Protocol):
@@ -132,10 +126,11 @@ class ScoringAttention:
             own_key=frame.own_key,
             own_value=frame.own_value,
             tile=observer.tile,
+            block=frame.block_size,
             impl=frame.impl,
         )
         observer.observe(layer, rows, attended)
-        return frame.tokens(attended.out)
+        return attended.out
 
 
 MOST_SMALL_SLOTS = 4096
@@ -156,13 +151,10 @@ class KeptAttention:
             return self.exact(layer, qkv)
         keys, values = kept.at(layer)
         rows = frame.append(layer, qkv, keys, values, self.slots)
-        if kept.slots <= MOST_SMALL_SLOTS:
-            count = kept.counts[layer - kept.first_layer]
-            size = frame.block_size
-            out, _ = small_attention(rows, keys, values, count, frame.scale, own=size, impl=frame.impl)
-        else:
-            out = self._long(layer, rows, keys, values)
-        return frame.tokens(out)
+        if kept.slots > MOST_SMALL_SLOTS:
+            return self._long(layer, rows, keys, values)
+        count, size = kept.counts[layer - kept.first_layer], frame.block_size
+        return small_attention(rows, keys, values, count, frame.scale, own=size, block=size, impl=frame.impl)[0]
 
     def _long(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The rules that keep so many keep equally many in every head of a row."""
@@ -175,6 +167,7 @@ class KeptAttention:
             self.frame.scale,
             own_key=keys[:, :, slots:],
             own_value=values[:, :, slots:],
+            block=self.frame.block_size,
             impl=self.frame.impl,
         ).out
 
@@ -214,7 +207,7 @@ class QuestAttention:
             score, rule.budget // page, lengths, page=page, sinks=rule.sinks, recent=rule.recent, impl=frame.impl
         )
         index = torch.add(self.within, chosen.index[..., None], alpha=page).flatten(2)
-        return frame.tokens(_gathered(frame, layer, rows, index, chosen.count * page))
+        return _gathered(frame, layer, rows, index, chosen.count * page)
 
 
 @dataclass
@@ -234,12 +227,12 @@ class TidalAttention:
         if rule.source_layer(layer) != layer:
             assert self._chosen is not None
             rows = frame.append_own(layer, qkv)
-            return frame.tokens(_gathered(frame, layer, rows, *self._chosen))
+            return _gathered(frame, layer, rows, *self._chosen)
         rows = frame.append(layer, qkv, cache.keys[layer], cache.values[layer], cache.lengths)
         score = mean_logit(rows, cache.keys[layer], cache.lengths, frame.scale, impl=frame.impl)
         chosen = top_k(score, rule.budget, cache.lengths, sinks=rule.sinks, recent=rule.recent, impl=frame.impl)
         self._chosen = chosen.index, chosen.count
-        return tokens_of(self.exact.kernel.attend(layer, rows, cache.lengths + frame.block_size))
+        return self.exact.kernel.attend(layer, rows, cache.lengths + frame.block_size)
 
 
 def _gathered(frame: Frame, layer: int, rows: Tensor, index: Tensor, count: Tensor) -> Tensor:
@@ -253,6 +246,7 @@ def _gathered(frame: Frame, layer: int, rows: Tensor, index: Tensor, count: Tens
         frame.scale,
         own_key=frame.own_key,
         own_value=frame.own_value,
+        block=frame.block_size,
         impl=frame.impl,
     )
     return out

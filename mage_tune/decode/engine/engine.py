@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mage_kernels.confidence import confidence
+from mage_kernels.layout import by_token
 from mage_kernels.rope_append import rope_append
 from mage_tune.decode.engine.attention import (
     ExactAttention,
@@ -37,7 +38,7 @@ from mage_tune.decode.engine.cache import Cache
 from mage_tune.decode.engine.choice import Chooser, make_chooser
 from mage_tune.decode.engine.forward import Attend, Body
 from mage_tune.decode.engine.graphs import Graphs
-from mage_tune.decode.engine.kernels import by_head, make_kernel
+from mage_tune.decode.engine.kernels import make_kernel
 from mage_tune.decode.engine.weights import Weights
 from mage_tune.decode.rules import Quest, Tidal
 from mage_tune.decode.settings import Settings
@@ -269,6 +270,6 @@ class Engine:
             out = F.scaled_dot_product_attention(
                 rows, keys[:, :, seen], values[:, :, seen], attn_mask=mask, scale=frame.scale
             )
-            return by_head(out, width).transpose(1, 2).reshape(width, -1)
+            return by_token(out, width)
 
         return attend

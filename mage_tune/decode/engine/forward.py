@@ -21,7 +21,10 @@ class Attend(Protocol):
     """Attention of one forward pass."""
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """(batch * n, (query heads + 2 * KV heads) * D) -> (batch * n, query heads * D)."""
+        """(batch * n, (query heads + 2 * KV heads) * D) -> (batch * n, query heads * D).
+
+        `qkv` may also be parts of its sum, (parts, batch * n, ...), which `rope_append` adds up.
+        """
 
 
 class Body:
@@ -39,7 +42,7 @@ class Body:
         delta = None
         for number, layer in enumerate(weights.layers):
             normed = add_norm(stream, delta, layer.attention_norm, eps, impl=impl)
-            heads = attend(number, F.linear(normed, layer.qkv, layer.qkv_bias))
+            heads = attend(number, self._sum_to_be(normed, layer.qkv, layer.qkv_bias))
             normed = add_norm(stream, self._sum_to_be(heads, layer.out), layer.mlp_norm, eps, impl=impl)
             delta = self._sum_to_be(self._gated(normed, layer.gate_up), layer.down)
         return add_norm(stream, delta, weights.final_norm, eps, impl=impl)
@@ -50,9 +53,11 @@ class Body:
             return linear(hidden, self.weights.head, impl=self.impl)
         return F.linear(hidden, self.weights.head)
 
-    def _sum_to_be(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x @ weight.T, in parts where that is faster; `add_norm` takes both."""
-        return linear_parts(x, weight, impl=self.impl) if self._are_few(x, weight) else F.linear(x, weight)
+    def _sum_to_be(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias, in parts where that is faster; `add_norm` and `rope_append` take both."""
+        if self._are_few(x, weight):
+            return linear_parts(x, weight, bias, impl=self.impl)
+        return F.linear(x, weight, bias)
 
     def _gated(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._are_few(x, weight):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_kernels.exact_attention import exact_attention
+from mage_kernels.layout import by_token
 from mage_tune.decode.engine.cache import Cache
 from mage_tune.decode.engine.weights import Shape
 
@@ -32,7 +33,7 @@ class ExactKernel(Protocol):
         """Prepare for rows with `seen` keys each; returns what a captured graph depends on (None: on nothing)."""
 
     def attend(self, layer: int, rows: Tensor, seen: Tensor) -> Tensor:
-        """(batch, KV heads, R, D) and seen (batch,) int32 -> (batch, query heads, B, D), any strides."""
+        """(batch, KV heads, R, D) and seen (batch,) int32 -> (batch * B, query heads * D)."""
 
 
 class Ours:
@@ -51,7 +52,7 @@ class Ours:
     def attend(self, layer: int, rows: Tensor, seen: Tensor) -> Tensor:
         """See `ExactKernel`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return by_head(exact_attention(rows, keys, values, seen, self.scale, impl=self.impl).out, self.block_size)
+        return exact_attention(rows, keys, values, seen, self.scale, block=self.block_size, impl=self.impl).out
 
 
 class Sdpa:
@@ -82,7 +83,7 @@ class Sdpa:
         values = self.cache.values[layer, :, :, : self.longest]
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION if rows.is_cuda else SDPBackend.MATH):
             out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=self.mask, scale=self.scale)
-        return by_head(out, self.block_size)
+        return by_token(out, self.block_size)
 
 
 class FlashInfer:
@@ -142,11 +143,11 @@ class FlashInfer:
     def attend(self, layer: int, rows: Tensor, seen: Tensor) -> Tensor:
         """See `ExactKernel`; FlashInfer wants its queries token by token."""
         size = self.block_size
-        tokens = by_head(rows, size).transpose(1, 2).flatten(0, 1).contiguous()
+        tokens = by_token(rows, size).unflatten(-1, (-1, rows.shape[-1]))
         out = self.wrapper.run(
             tokens, (pages_of(self.cache.keys[layer], size), pages_of(self.cache.values[layer], size))
         )
-        return out.unflatten(0, (-1, size)).transpose(1, 2)
+        return out.flatten(1)
 
 
 def pages_of(cache: Tensor, page: int) -> Tensor:
@@ -179,11 +180,6 @@ class FlashInferAuto(FlashInfer):
 
     name: ClassVar[str] = "flashinfer-auto"
     backend: ClassVar[str] = "auto"
-
-
-def by_head(rows: Tensor, block_size: int) -> Tensor:
-    """(batch, KV heads, R, D) packed rows -> (batch, query heads, B, D)."""
-    return rows.unflatten(2, (-1, block_size)).flatten(1, 2)
 
 
 EXACT_KERNELS: dict[str, type[Ours] | type[Sdpa] | type[FlashInfer]] = {
