@@ -27,7 +27,7 @@ for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items(
     descriptors = dict.fromkeys(("key", "value"), f"tensordesc<bf16[{block_n}, {dim}],{layout!r}>")
     registers = 240 if groups == 2 else 160
     fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TILE_MASS=bool(mass))
-    fixed |= dict(REGISTERS=registers, num_warps=4)
+    fixed |= dict(REGISTERS=registers, OVERLAP=True, num_warps=4)
     types = pointers | descriptors | dict.fromkeys(fixed, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
@@ -60,6 +60,8 @@ def compiled(tmp_path_factory) -> Path:
 def test_compiles_for_hopper(shape, compiled):
     ptx = (compiled / f"{shape}.ptx").read_text()
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+    # The first warps wait for the kernels before; the others begin when these have.
+    assert ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("mbarrier.init"))
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
