@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mage_tune.bench.clock import median_ms
@@ -48,7 +47,7 @@ def _kernels(recorded: profile, device: torch.device) -> list[dict[str, Any]]:
     total: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     if device.type == "cuda":
-        events = [e for e in recorded.events() or () if e.device_type == DeviceType.CUDA]
+        events = [e for e in recorded.events() or () if e.device_type.name == "CUDA"]
         times = own_times((e.time_range.start, e.time_range.end, e.name) for e in events)
     else:
         times = [(e.name, e.self_cpu_time_total) for e in recorded.events() or ()]
