@@ -16,6 +16,8 @@ from mage_tune.families import FAMILIES, Family
 Weight = Annotated[float, Field(ge=0.0)]
 TokenId = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0, strict=False)]
+"""Key of a mapping, which JSON writes as text."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -278,6 +280,9 @@ class SparseDistillation(Section):
 
     weight: Weight = Field(0.0, description="Weight of this term in the loss: cross-entropy + kl_weight * KL.")
     budget: int | None = Field(None, ge=1, description="Keys kept per KV head; required when the weight is not 0.")
+    layer_budgets: dict[Layer, Count] = Field(
+        {}, description="Layer -> keys kept there instead of `budget`; scripts/layer_budgets.py finds good ones."
+    )
     kl_weight: Weight = Field(1.0, description="Weight of the KL divergence beside the cross-entropy.")
     direction: Literal["teacher_to_student", "student_to_teacher"] = Field(
         "teacher_to_student", description="KL(teacher || student), or the reverse."
@@ -298,6 +303,9 @@ class SparseDistillation(Section):
     def _has_budget(self) -> Self:
         if self.weight > 0 and self.budget is None:
             raise _contradiction("budget", f"needed, as the weight is {self.weight:g}; add the keys kept per KV head")
+        for layer in self.layer_budgets:
+            if layer < self.dense_layers:
+                raise _contradiction("layer_budgets", f"layer {layer} is one of the {self.dense_layers} dense layers")
         return self
 
 

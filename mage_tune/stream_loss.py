@@ -69,9 +69,14 @@ class StreamLoss:
     def sums(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Scalar sum of every active term, with gradient; plus "sparse_share", a measurement."""
         settings = self.objective.sparse_distillation
+        layers = causal_lm(model).config.num_hidden_layers
+        if max(settings.layer_budgets, default=0) >= layers:
+            last = max(settings.layer_budgets)
+            raise ValueError(f"objective.sparse_distillation.layer_budgets: no layer {last} in a model of {layers}")
         attention = StreamAttention(
             batch["streams"],
             budget=settings.budget or 0,
+            layer_budgets=settings.layer_budgets,
             student=batch.get("student_blocks"),
             first=batch.get("first"),
             dense_layers=settings.dense_layers,

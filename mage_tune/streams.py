@@ -88,12 +88,14 @@ class StreamAttention:
 
     `observers` maps a term's name to (first layer it sees, function of a LayerView); results are kept per layer in
     `observed`. Under checkpointing a layer runs twice and is counted once. `student`, (batch, blocks) int64, says which
-    blocks the sparse stream holds where it does not hold all. `first`, (batch, blocks) int64, is the first block of
+    blocks the sparse stream holds where it does not hold all; it sees `budget` keys of the prefix, in the layers that
+    `layer_budgets` names so many as that says. `first`, (batch, blocks) int64, is the first block of
     every block's document in rows of several documents, which do not see each other.
     """
 
     streams: RowStreams
     budget: int = 0
+    layer_budgets: Mapping[int, int] = field(default_factory=dict)
     student: Tensor | None = None
     first: Tensor | None = None
     dense_layers: int = 0
@@ -124,7 +126,8 @@ class StreamAttention:
             since = None if self.first is None else self.first.gather(1, self.student)
             student = blocks_attention(query, key, value, row, self.student, scaling, since)
         else:
-            student = self._sparse(query, key, value, scaling)
+            budget = self.layer_budgets.get(layer, self.budget)
+            student = self._sparse(query, key, value, scaling, budget)
         return torch.cat([student, exact], dim=2)
 
     def mean_over_layers(self, name: str) -> Tensor:
@@ -170,7 +173,7 @@ class StreamAttention:
             value = observer(view)  # also in the recomputation, which must repeat the same operations
             self.observed[name].setdefault(layer, value)
 
-    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, budget: int) -> Tensor:
         row, heads = self.streams, key.shape[1]
         clean = row.offset("clean")
         with torch.no_grad():
@@ -182,7 +185,7 @@ class StreamAttention:
                 mask_rows = mask_rows.gather(2, at)
             since = self.first if self.first is None or self.student is None else self.first.gather(1, self.student)
             index, kept = choose_keys(
-                mask_rows, key[:, :, clean:], blocks, row.block_size, self.budget, scaling, first=since
+                mask_rows, key[:, :, clean:], blocks, row.block_size, budget, scaling, first=since
             )
         own = slice(0, row.sparse_length)
         out = sparse_block_attention(

@@ -74,7 +74,7 @@ class Arm:
     label: str
     rule: str
     levers: Levers = field(default_factory=Levers)
-    options: tuple[tuple[str, int], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
     """Of the rule, beside its budget and dense layers."""
 
     def at(self, budget: int, dense_layers: int) -> Rule:

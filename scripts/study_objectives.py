@@ -4,6 +4,7 @@
     python scripts/study_objectives.py --only query attention      # some arms
     python scripts/study_objectives.py                             # all of them
     python scripts/study_objectives.py --levers                    # inference-side levers, on base and recipe
+    python scripts/layer_budgets.py ... --name base                # first, for the arm and levers of measured budgets
     python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
     python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
     python scripts/study_objectives.py --table                     # the Markdown tables of docs/objectives.md
@@ -56,6 +57,7 @@ from mage_tune.stream_loss import StreamLoss
 
 RECIPE = Path("recipes/smollm2-135m.yaml")
 RESULTS = Path("results/objectives.json")
+LAYER_BUDGETS = Path("results/layer_budgets.json")
 CHAT = Path("recipes/data/smollm2-chat/heldout.jsonl")
 STEPS = 40
 """Optimizer steps of every arm: 1.3M tokens of data, at 16 rows of 2048."""
@@ -74,25 +76,38 @@ TASK_BUDGETS = (8, 128)
 """Budgets of the tasks that are decoded."""
 MOST_HARM = 0.01
 """Exact cross-entropy, nats, that an objective may cost and still win."""
+MEASURED, BUDGETED = "measured layer budgets", "everything, layer budgets"
+"""The lever, and the arm that is trained with those of the untuned model."""
 FINAL = "recipe"
 """The arm that is the recipe as it stands: longer than the others, so it does not compete with them."""
 
 Q, A, S = "objective.query_alignment", "objective.attention_alignment", "objective.sparse_distillation"
+
+
+def measured_budgets(name: str) -> dict[int, int]:
+    """Keys of every layer that scripts/layer_budgets.py chose for a model of that name; empty before it did."""
+    found = json.loads(LAYER_BUDGETS.read_text()) if LAYER_BUDGETS.is_file() else {}
+    return {int(layer): keys for layer, keys in found.get(name, {}).get("budgets", {}).items()}
+
+
 OFF = {
     f"{Q}.weight": 0.0,
     f"{A}.weight": 0.0,
     f"{A}.power": 1.0,
     f"{S}.weight": 0.0,
     f"{S}.kl_weight": 1.0,
-    "train.rows": 8,
-    "train.accumulation": 2,
+    f"{S}.share": 1.0,
+    f"{S}.layer_budgets": {},
+    "train.rows": 4,
+    "train.accumulation": 4,
     "train.warmup_steps": 10,
 }
 """Diffusion alone; arms name what differs from here, so that they stay what they are when the recipe changes."""
 QUERY = OFF | {f"{Q}.weight": 5.0}
 ATTENTION = OFF | {f"{A}.weight": 1.0}
-SPARSE = OFF | {f"{S}.weight": 1.0, f"{S}.budget": 128, "train.rows": 4, "train.accumulation": 4}
+SPARSE = OFF | {f"{S}.weight": 1.0, f"{S}.budget": 128}
 BOTH = OFF | {f"{Q}.weight": 5.0, f"{A}.weight": 1.0}
+ALL = SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 2.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -143,23 +158,18 @@ ARMS = (
         "alignment moves the choice, sparse CE adapts to it",
         (0, 1),
     ),
+    Trained("everything, power 0.5", ALL, "the same, keys of little mass counting for more", (0, 1)),
+    Trained("everything, no queries", ALL | {f"{Q}.weight": 0.0}, "whether queries add anything to attention"),
+    Trained("everything, weight 8", ALL | {f"{A}.weight": 8.0}, "four times the attention alignment", (0, 1)),
+    Trained("everything, weight 25", ALL | {f"{A}.weight": 25.0}, "twelve times: how much recall there is to buy"),
+    Trained("everything, weight 60", ALL | {f"{A}.weight": 60.0}, "thirty times"),
+    Trained("everything, and KL", ALL | {f"{S}.kl_weight": 1.0}, "the student also follows the exact untuned model"),
     Trained(
-        "everything, power 0.5",
-        SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 2.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
-        "the same, keys of little mass counting for more",
-        (0, 1),
+        BUDGETED,
+        ALL | {f"{S}.layer_budgets": measured_budgets("base")},
+        "the student keeps as many keys, more of them in the layers where that counts",
     ),
-    Trained(
-        "everything, weight 8",
-        SPARSE | {f"{Q}.weight": 5.0, f"{A}.weight": 8.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
-        "the recipe's weights: more recall, at a price",
-        (0, 1),
-    ),
-    Trained(
-        "everything, no queries",
-        SPARSE | {f"{A}.weight": 2.0, f"{A}.power": 0.5, f"{S}.kl_weight": 0.0},
-        "whether query alignment adds anything to attention alignment",
-    ),
+    Trained("everything, a quarter", ALL | {f"{S}.share": 0.25}, "a student on a quarter of the blocks, as for 7B"),
     Trained("both, rank 8", BOTH | {"adapter.rank": 8, "adapter.alpha": 16.0}, "a smaller adapter"),
     Trained("both, rank 128", BOTH | {"adapter.rank": 128, "adapter.alpha": 256.0}, "a larger adapter"),
     Trained("both, q and k only", BOTH | {"adapter.targets": ["q_proj", "k_proj"]}, "only what selection reads"),
@@ -186,6 +196,20 @@ LEVERS = (
     Decoding("oracle", "oracle"),
 )
 """Tried at inference on base and winner; steps count one revealed token each, so step 8 is a quarter of a block."""
+
+
+def levers_of(name: str) -> tuple[Decoding, ...]:
+    """LEVERS, and the numbers of keys measured for a model of that name, alone and with what may go with them."""
+    budgets = measured_budgets(name)
+    if not budgets:
+        return LEVERS
+    given = ("layer_budgets", tuple(budgets.items()))
+    return (
+        *LEVERS,
+        Decoding(MEASURED, "mage", options=(given,)),
+        Decoding(f"{MEASURED}, follow 4", "mage", options=(given, ("follow", 4))),
+        Decoding(f"{MEASURED}, re-selected at 8", "mage", Levers(reselect_at=(8,)), (given,)),
+    )
 
 
 def adds_no_exact_step(lever: Decoding) -> bool:
@@ -324,20 +348,21 @@ def units(found: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found["units"].items()}
 
 
-def levers_row(lm: BlockDiffusionLM, base_exact: np.ndarray) -> dict[str, Any]:
-    """Gap at k = 128 of every lever, and of other numbers of dense layers, to the untuned model's exact loss."""
+def levers_row(
+    lm: BlockDiffusionLM, base_exact: np.ndarray, levers: Sequence[Decoding], dense_layers: int = 2
+) -> dict[str, Any]:
+    """Gap at k = 128 of every lever to the untuned model's exact loss."""
     tokens = load_ids(str(settings(MAIN, 1, [KEYS]).text), lm.tokenizer, lm.family)
-    found: dict[str, Any] = {}
-    for dense_layers in (2, 1, 0):
-        arms = LEVERS if dense_layers == 2 else [LEVERS[0], LEVERS[-1]]
-        values = probe(lm, tokens, settings(MAIN, CONTEXTS[MAIN], [KEYS], dense_layers), arms)
-        for arm in arms:
-            label = arm.label if dense_layers == 2 else f"{arm.label}, {dense_layers} dense layers"
-            found[label] = {
-                "gap": asdict(paired_difference(values[f"ce {arm.label} {KEYS}"], base_exact)),
-                "recall": asdict(estimate(values[f"recall {arm.label} {KEYS}"])),
-            }
-    return found
+    oracle = LEVERS[-1]
+    arms = [*levers, *([] if oracle in levers else [oracle])]
+    values = probe(lm, tokens, settings(MAIN, CONTEXTS[MAIN], [KEYS], dense_layers), arms)
+    return {
+        arm.label + ("" if dense_layers == 2 else f", {dense_layers} dense layers"): {
+            "gap": asdict(paired_difference(values[f"ce {arm.label} {KEYS}"], base_exact)),
+            "recall": asdict(estimate(values[f"recall {arm.label} {KEYS}"])),
+        }
+        for arm in arms
+    }
 
 
 class Results:
@@ -419,6 +444,8 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
         results.save()
     base = units(results.content["base"])
     for arm in arms:
+        if arm.name == BUDGETED and not measured_budgets("base"):
+            raise ValueError(f"{arm.name!r} needs {LAYER_BUDGETS}: python scripts/layer_budgets.py ... --name base")
         for seed in arm.seeds:
             if results.has(arm.name, seed):
                 continue
@@ -433,28 +460,46 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
             console.print(f"{arm.name}, seed {seed}: {summary(found)}; {took:.0f} s", highlight=False)
 
 
-def run_levers(results: Results, console: Console) -> None:
-    """Every lever on the untuned model and on the recipe's; the best of them on everything.
+def run_levers(results: Results, console: Console, names: Sequence[str]) -> None:
+    """Every lever on the untuned model and on tuned ones, the measured budgets alone on arms but the recipe; the best
+    lever of the recipe on everything.
 
     Raises:
-        ValueError: the untuned model or the recipe's was not measured before.
+        ValueError: a model was not measured before.
     """
-    found = {arm["name"]: arm for arm in results.arms if arm["seed"] == 0}
-    if "base" not in results.content or FINAL not in found:
-        raise ValueError(f"{results.path}: levers need the arm {FINAL!r}; run it first: --only {FINAL}")
-    model = str(load_recipe(RECIPE).model.path)
-    base = units(results.content["base"])
-    for measured in (results.content["base"], found[FINAL]):
-        if "levers" not in measured:
-            adapter = str(folder_of(FINAL, 0)) if measured is found[FINAL] else None
-            measured["levers"] = levers_row(load(model, adapter=adapter), base[f"{MAIN} ce exact"])
+    found = {"base": results.content.get("base")} | {arm["name"]: arm for arm in results.arms if arm["seed"] == 0}
+    missing = [name for name in names if not found.get(name)]
+    if missing:
+        raise ValueError(f"{results.path}: levers need the arm {missing[-1]!r}; run it first: --only '{missing[-1]}'")
+    path = str(load_recipe(RECIPE).model.path)
+    exact = units(results.content["base"])[f"{MAIN} ce exact"]
+    for name in names:
+        lm = load(path, adapter=None if name == "base" else str(folder_of(name, 0)))
+        done, levers = found[name].setdefault("levers", {}), levers_of(name)
+        wanted = [lever for lever in levers if lever.label not in done]
+        if name not in ("base", FINAL):
+            wanted = [lever for lever in wanted if lever.label in (LEVERS[0].label, MEASURED)]
+        if wanted:
+            done |= levers_row(lm, exact, wanted)
             results.save()
-    allowed = [lever for lever in LEVERS if adds_no_exact_step(lever)]
-    best = min(allowed, key=lambda lever: found[FINAL]["levers"][lever.label]["gap"]["mean"])
-    values = measure(load(model, adapter=str(folder_of(FINAL, 0))), best)
-    results.content["best_with_levers"] = row(FINAL, 0, values, base) | {"levers": [best.label]}
+        for dense_layers in (1, 0) if name in ("base", FINAL) else ():
+            if f"{LEVERS[0].label}, {dense_layers} dense layers" not in done:
+                done |= levers_row(lm, exact, [LEVERS[0]], dense_layers)
+                results.save()
+        if name == FINAL:
+            best_lever(results, lm, console)
+
+
+def best_lever(results: Results, lm: BlockDiffusionLM, console: Console) -> None:
+    """Everything measured under the recipe's best lever without another exact step."""
+    (final,) = (arm for arm in results.arms if arm["name"] == FINAL and arm["seed"] == 0)
+    allowed = [lever for lever in levers_of(FINAL) if adds_no_exact_step(lever) and lever.label in final["levers"]]
+    best = min(allowed, key=lambda lever: final["levers"][lever.label]["gap"]["mean"])
+    values = measure(lm, best)
+    measured = row(FINAL, 0, values, units(results.content["base"])) | {"levers": [best.label]}
+    results.content["best_with_levers"] = measured
     results.save()
-    console.print(f"best lever: {best.label}: {summary(results.content['best_with_levers'])}", highlight=False)
+    console.print(f"best lever: {best.label}: {summary(measured)}", highlight=False)
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -482,9 +527,12 @@ def join(paths: Sequence[Path], results: Results) -> None:
             mine.pop("levers", None), theirs.pop("levers", None)
             if mine != theirs:
                 raise ValueError(f"{path}: another {key} than in {results.path}")
-        results.content["base"] |= {k: v for k, v in other["base"].items() if k == "levers"}
         results.content |= {k: v for k, v in other.items() if k == "best_with_levers"}
         results.arms.extend(a for a in other.get("arms", []) if not results.has(a["name"], a["seed"]))
+        mine = {(arm["name"], arm["seed"]): arm for arm in [results.content["base"], *results.arms]}
+        for arm in [other["base"], *other.get("arms", [])]:
+            if "levers" in arm:
+                mine[arm["name"], arm["seed"]].setdefault("levers", {}).update(arm["levers"])
     results.save()
 
 
@@ -539,9 +587,9 @@ def levers_table(content: dict[str, Any]) -> str:
     if not models:
         return ""
     lines = [f"| lever, k = {KEYS} | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
-    for lever in next(iter(models.values()))["levers"]:
-        gaps = [found["levers"][lever]["gap"] for found in models.values()]
-        shown = [f"{gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}]" for gap in gaps]
+    for lever in dict.fromkeys(lever for found in models.values() for lever in found["levers"]):
+        gaps = [found["levers"].get(lever, {}).get("gap") for found in models.values()]
+        shown = [f"{gap['mean']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}]" if gap else "" for gap in gaps]
         lines.append(f"| {lever} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -618,10 +666,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ARM", help="arms to run, by name; all by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of those that an arm has; all by default")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th arm from the I-th on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true", help="print the arms and their commands")
-    parser.add_argument("--levers", action="store_true", help="measure the inference-side levers on base and recipe")
+    parser.add_argument(
+        "--levers", nargs="*", metavar="MODEL", help="measure the inference-side levers; on base and recipe by default"
+    )
     parser.add_argument("--table", action="store_true", help="print the Markdown tables of the results file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the results file")
     parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="add the arms of other results files")
@@ -635,6 +686,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     part, of = (int(number) for number in arguments.shard.split("/"))
     chosen = [known[name] for name in arguments.only or known][part::of]
+    chosen = [replace(arm, seeds=tuple(seed for seed in arm.seeds if seed in arguments.seeds)) for arm in chosen]
     try:
         if arguments.list:
             for arm in chosen:
@@ -645,8 +697,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot(results.content, arguments.plot)
         elif arguments.join:
             join(arguments.join, results)
-        elif arguments.levers:
-            run_levers(results, console)
+        elif arguments.levers is not None:
+            run_levers(results, console, arguments.levers or ["base", FINAL])
         else:
             run(chosen, results, console, arguments.commit)
     except (OSError, ValueError, RuntimeError) as error:

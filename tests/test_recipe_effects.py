@@ -131,6 +131,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "objective.attention_alignment.skip_layers": ("0",),
     "objective.sparse_distillation.weight": ("0.0",),
     "objective.sparse_distillation.budget": ("8",),
+    "objective.sparse_distillation.layer_budgets": ('{"2": 8}',),
     "objective.sparse_distillation.kl_weight": ("0.0",),
     "objective.sparse_distillation.direction": ("student_to_teacher",),
     "objective.sparse_distillation.teacher": ("adapters_on",),

@@ -143,6 +143,15 @@ def test_a_smaller_budget_is_exact_only_for_blocks_it_covers():
     assert apart[3:].min() > 1e-4
 
 
+def test_a_layer_may_have_a_budget_of_its_own():
+    row, qkv = sparse_row_with_copied_noise()
+    attention = StreamAttention(row, budget=5, layer_budgets={1: 2})
+    for layer, budget in ((0, 5), (1, 2)):
+        np.testing.assert_allclose(
+            attention.attend(layer, *qkv, SCALING).numpy(), slow_row_attention(row, *qkv, budget), atol=1e-5
+        )
+
+
 def test_dense_layers_give_the_sparse_stream_exact_attention():
     row, (query, key, value) = sparse_row_with_copied_noise()
     attention = StreamAttention(row, budget=1, dense_layers=2)

@@ -20,7 +20,7 @@ Probabilities are normalised over the prefix alone, as in training (`mage_tune.s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -165,6 +165,31 @@ class Mage(Rule):
     """MAGE (arXiv 2602.14209 v2): mean probability at the all-[MASK] step, top-k per KV head, fixed budget."""
 
     name: ClassVar[str] = "mage"
+    layer_budgets: tuple[tuple[int, int], ...] = ()
+    """(layer, keys) of layers that keep another number of keys than `budget`; a mapping is taken too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.layer_budgets.items() if isinstance(self.layer_budgets, Mapping) else self.layer_budgets
+        pairs = tuple(sorted((int(layer), int(keys)) for layer, keys in given))
+        object.__setattr__(self, "layer_budgets", pairs)  # frozen; a recipe's mapping has text as keys
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("layer_budgets name a layer twice")
+        for layer, keys in pairs:
+            if layer < self.dense_layers:
+                raise ValueError(f"layer_budgets: layer {layer} is one of the {self.dense_layers} dense ones")
+            if keys < max(1, self.sinks + self.recent):
+                raise ValueError(f"layer_budgets: {keys} keys of layer {layer} are too few (sinks and recent included)")
+
+    def _counts(self, observed: Sequence[Observed], prefix_lengths: Sequence[int]) -> list[list[int]]:
+        keys = dict(self.layer_budgets)
+        if keys and max(keys) >= self.dense_layers + len(observed):
+            raise ValueError(f"layer_budgets: the model has no layer {max(keys)}")
+        layers = range(self.dense_layers, self.dense_layers + len(observed))
+        return [
+            [min(keys.get(layer, self.budget), n) if self.is_sparse(n) else n for n in prefix_lengths]
+            for layer in layers
+        ]
 
     def observe(self, view: LayerView) -> Observed:
         """Mean attention probability of each key over the block and the group."""

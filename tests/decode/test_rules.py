@@ -63,6 +63,19 @@ def test_keys_behind_a_good_one_are_as_good(view, follow):
         assert chosen(Mage(budget=9, follow=follow), view, b, h) == best(spread, 9)
 
 
+@pytest.mark.parametrize("given", [{"3": 4, "2": 30}, ((2, 30), (3, 4))], ids=["mapping", "pairs"])
+def test_layers_keep_budgets_of_their_own(view, given):
+    rule = Mage(budget=9, layer_budgets=given)
+    layers = [rule.observe(view)] * 3  # layers 2, 3 and 4
+    for b, h, _, probability, n, _, _ in heads_of(view):
+        for at, budget in enumerate((30, 4, 9)):
+            kept = best(probability.mean(0), min(budget, n) if rule.is_sparse(n) else n)
+            assert chosen(rule, view, b, h, at, layers) == kept
+    assert rule.settings()["layer_budgets"] == ((2, 30), (3, 4))
+    with pytest.raises(ValueError, match="the model has no layer 3"):
+        rule.choose(layers[:1], view.lengths)
+
+
 def test_mage_chooses_what_training_chooses(view):
     # One clean stream of 36 keys; the block numbered 12 on a grid of 3 sees all of them.
     rows, key = view.rows[:1].unsqueeze(2), view.key[:1, :, :36]
@@ -341,6 +354,9 @@ def test_recall(document):
         ("exact", {"budget": 0}, "budget 0"),
         ("mage", {"dense_layers": -1}, "dense_layers -1 is negative"),
         ("mage", {"follow": -1}, "follow -1 is negative"),
+        ("mage", {"layer_budgets": {1: 5}}, "layer 1 is one of the 2 dense ones"),
+        ("mage", {"layer_budgets": {2: 0}}, "0 keys of layer 2 are too few"),
+        ("mage", {"layer_budgets": ((2, 3), (2, 4))}, "name a layer twice"),
         ("quest", {"follow": 2}, "keeps pages of 16 keys"),
         ("mage", {"budget": 8, "sinks": 4, "recent": 5}, "exceed the budget of 8"),
         ("mage", {"page_size": 16}, "'mage' has no option 'page_size'"),

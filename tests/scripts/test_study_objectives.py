@@ -47,6 +47,7 @@ def study(tmp_path, monkeypatch, tiny_backbone, converted_checkpoint):
     sizes = {
         "RECIPE": Path("recipe.yaml"),
         "CHAT": Path("chat.jsonl"),
+        "LAYER_BUDGETS": Path("layer_budgets.json"),
         "STEPS": 2,
         "BUDGETS": (8, 16),
         "MAIN": 768,
@@ -75,7 +76,8 @@ def test_every_arm_is_a_valid_recipe_of_equal_tokens(arm):
 
 
 def test_arms_differ():
-    assert len({json.dumps(arm.changes, sort_keys=True) for arm in script.ARMS}) == len(script.ARMS)
+    changes = [arm.changes | ({"budgets": arm.name} if arm.name == script.BUDGETED else {}) for arm in script.ARMS]
+    assert len({json.dumps(changed, sort_keys=True) for changed in changes}) == len(script.ARMS)
     assert len({arm.name for arm in script.ARMS}) == len(script.ARMS)
 
 
@@ -129,6 +131,11 @@ def test_files_of_two_machines_become_one(study, in_this_process, capsys):
         )
         assert measured["levers"]["oracle"]["recall"]["mean"] == 1.0
     assert joined["best_with_levers"]["levers"] == ["mage"]  # the only one here that adds no exact step
+    Path("layer_budgets.json").write_text(json.dumps({"query": {"budgets": {"2": 24}}}))
+    assert script.main(["--levers", "query", "--out", "all.json"]) == 0
+    assert set(json.loads(Path("all.json").read_text())["arms"][0]["levers"]) == {"mage", script.MEASURED, "oracle"}
+    assert script.main(["--join", "all.json", "--out", "a.json"]) == 0
+    assert script.MEASURED in json.loads(Path("a.json").read_text())["arms"][0]["levers"]
     assert joined["best_with_levers"]["ce_mask"] == tuned["ce_mask"]
     assert script.main(["--table", "--out", "all.json"]) == 0
     table = capsys.readouterr().out
@@ -138,6 +145,14 @@ def test_files_of_two_machines_become_one(study, in_this_process, capsys):
     Path("b.json").write_text(json.dumps(other))
     assert script.main(["--join", "a.json", "b.json", "--out", "other.json"]) == 2
     assert "another base" in capsys.readouterr().err
+
+
+def test_the_arm_of_measured_budgets_needs_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "LAYER_BUDGETS", tmp_path / "none.json")
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps({"base": {"units": {}}}))
+    assert script.main(["--only", script.BUDGETED, "--out", str(out)]) == 2
+    assert "scripts/layer_budgets.py" in capsys.readouterr().err
 
 
 def test_levers_without_a_tuned_model_are_one_line(tmp_path, capsys):
