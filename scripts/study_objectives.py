@@ -4,6 +4,7 @@
     python scripts/study_objectives.py --only query attention      # some arms
     python scripts/study_objectives.py                             # all of them
     python scripts/study_objectives.py --levers                    # inference-side levers, on base and recipe
+    python scripts/study_objectives.py --best-lever                # the best of the recipe's on everything
     python scripts/layer_budgets.py ... --name base                # first, for the arm and levers of measured budgets
     python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
     python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
@@ -460,9 +461,8 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
             console.print(f"{arm.name}, seed {seed}: {summary(found)}; {took:.0f} s", highlight=False)
 
 
-def run_levers(results: Results, console: Console, names: Sequence[str]) -> None:
-    """Every lever on the untuned model and on tuned ones, the measured budgets alone on arms but the recipe; the best
-    lever of the recipe on everything.
+def run_levers(results: Results, names: Sequence[str], only: Sequence[str] | None = None) -> None:
+    """Every lever, or some, on the untuned model and on tuned ones; arms but the recipe get the measured budgets alone.
 
     Raises:
         ValueError: a model was not measured before.
@@ -475,24 +475,28 @@ def run_levers(results: Results, console: Console, names: Sequence[str]) -> None
     exact = units(results.content["base"])[f"{MAIN} ce exact"]
     for name in names:
         lm = load(path, adapter=None if name == "base" else str(folder_of(name, 0)))
-        done, levers = found[name].setdefault("levers", {}), levers_of(name)
-        wanted = [lever for lever in levers if lever.label not in done]
-        if name not in ("base", FINAL):
-            wanted = [lever for lever in wanted if lever.label in (LEVERS[0].label, MEASURED)]
+        done, is_arm = found[name].setdefault("levers", {}), name not in ("base", FINAL)
+        labels = only or ([LEVERS[0].label, MEASURED] if is_arm else [lever.label for lever in levers_of(name)])
+        wanted = [lever for lever in levers_of(name) if lever.label in labels and lever.label not in done]
         if wanted:
             done |= levers_row(lm, exact, wanted)
             results.save()
-        for dense_layers in (1, 0) if name in ("base", FINAL) else ():
+        for dense_layers in () if is_arm or only else (1, 0):
             if f"{LEVERS[0].label}, {dense_layers} dense layers" not in done:
                 done |= levers_row(lm, exact, [LEVERS[0]], dense_layers)
                 results.save()
-        if name == FINAL:
-            best_lever(results, lm, console)
 
 
-def best_lever(results: Results, lm: BlockDiffusionLM, console: Console) -> None:
-    """Everything measured under the recipe's best lever without another exact step."""
-    (final,) = (arm for arm in results.arms if arm["name"] == FINAL and arm["seed"] == 0)
+def best_lever(results: Results, console: Console) -> None:
+    """Everything measured under the recipe's best lever without another exact step.
+
+    Raises:
+        ValueError: the recipe's levers were not measured before.
+    """
+    final = next((arm for arm in results.arms if arm["name"] == FINAL and "levers" in arm), None)
+    if final is None:
+        raise ValueError(f"{results.path}: no levers of {FINAL!r} in it; run --levers first")
+    lm = load(str(load_recipe(RECIPE).model.path), adapter=str(folder_of(FINAL, 0)))
     allowed = [lever for lever in levers_of(FINAL) if adds_no_exact_step(lever) and lever.label in final["levers"]]
     best = min(allowed, key=lambda lever: final["levers"][lever.label]["gap"]["mean"])
     values = measure(lm, best)
@@ -673,6 +677,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--levers", nargs="*", metavar="MODEL", help="measure the inference-side levers; on base and recipe by default"
     )
+    parser.add_argument("--lever", nargs="+", metavar="LABEL", help="some levers alone")
+    parser.add_argument("--best-lever", action="store_true", help="measure everything under the recipe's best lever")
     parser.add_argument("--table", action="store_true", help="print the Markdown tables of the results file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the results file")
     parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="add the arms of other results files")
@@ -698,7 +704,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.join:
             join(arguments.join, results)
         elif arguments.levers is not None:
-            run_levers(results, console, arguments.levers or ["base", FINAL])
+            run_levers(results, arguments.levers or ["base", FINAL], arguments.lever)
+        elif arguments.best_lever:
+            best_lever(results, console)
         else:
             run(chosen, results, console, arguments.commit)
     except (OSError, ValueError, RuntimeError) as error:

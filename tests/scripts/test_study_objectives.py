@@ -118,7 +118,12 @@ def test_files_of_two_machines_become_one(study, in_this_process, capsys):
     joined = json.loads(Path("all.json").read_text())
     assert [arm["name"] for arm in joined["arms"]] == ["query", "recipe"]
     assert joined["arms"][1]["minutes"] >= 0 and joined["best"] != "recipe"
+    assert script.main(["--best-lever", "--out", "all.json"]) == 2
+    assert "run --levers first" in capsys.readouterr().err
+    assert script.main(["--levers", "base", "--lever", "mage", "--out", "all.json"]) == 0
+    assert set(json.loads(Path("all.json").read_text())["base"]["levers"]) == {"mage", "oracle"}
     assert script.main(["--levers", "--out", "all.json"]) == 0
+    assert script.main(["--best-lever", "--out", "all.json"]) == 0
     joined = json.loads(Path("all.json").read_text())
     base, tuned = joined["base"], joined["arms"][1]
     assert set(base["levers"]) == {
