@@ -53,7 +53,7 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
     if recipe.train.resume == "never":
         raise RecipeError(f"{folder}: holds an unfinished run and train.resume is never; remove the folder or use auto")
     started_with = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").exists() else ""
-    if _without_resume(started_with) != _without_resume(resolved_yaml(recipe)):
+    if _what_is_trained(started_with) != _what_is_trained(resolved_yaml(recipe)):
         raise RecipeError(
             f"{folder}: holds an unfinished run of a different recipe; choose another output or remove it"
         )
@@ -124,8 +124,9 @@ def _write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _without_resume(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.strip().startswith("resume:")]
+def _what_is_trained(text: str) -> list[str]:
+    """The lines of a resolved recipe that decide what comes out of its run."""
+    return [line for line in text.splitlines() if not line.strip().startswith(("resume:", "sample_every:"))]
 
 
 def write_facts(folder: Path, recipe: Recipe, family: Family) -> None:

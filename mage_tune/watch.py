@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from rich.console import Console
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mage_tune.evals.probes import probe_window
 from mage_tune.lm import BlockDiffusionLM
@@ -17,6 +20,8 @@ from mage_tune.recipe import Recipe
 
 BLOCKS = 2
 """Blocks that are written, and blocks whose recall is measured."""
+STEPS = 8
+"""Denoising steps of a block that is written."""
 
 
 class Samples(TrainerCallback):
@@ -36,14 +41,26 @@ class Samples(TrainerCallback):
         self.every = recipe.train.sample_every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On every process, as an engine may need all of them for a forward pass; one prints."""
+        """On every process, as an engine may need all of them for a forward pass; one prints.
+
+        Raises:
+            ValueError: it failed where processes share weights: the others may wait for this one in a forward pass
+                that it has left, so it must not go on to the next step.
+        """
         if not self.every or state.global_step % self.every:
             return
         try:
             text = self.sample()
         except Exception as error:  # a run is worth more than its samples
+            what = f"({type(error).__name__}: {error})"
+            if splits_weights():
+                raise ValueError(
+                    f"train.sample_every: the sample after step {state.global_step} failed {what}, and processes that "
+                    "share weights cannot go on apart; with train.sample_every=0 the same command goes on from the "
+                    "last checkpoint"
+                ) from error
             self.every = 0
-            text = f"warning: train.sample_every: no more samples ({type(error).__name__}: {error}); training goes on"
+            text = f"warning: train.sample_every: no more samples {what}; training goes on"
         if state.is_world_process_zero:
             self.console.print(f"step {state.global_step}: {text}", markup=False, style="cyan", soft_wrap=True)
 
@@ -60,11 +77,18 @@ class Samples(TrainerCallback):
                     self.lm, self.row, 0, blocks=BLOCKS, budgets=[budget], dense_layers=settings.dense_layers, seed=0
                 )
                 size = self.lm.family.block_size
-                out = self.lm.generate(self.row[:half].tolist(), max_new_tokens=BLOCKS * size, threshold=0.9)
+                # Steps and length are fixed: every process does as many forward passes, whatever rounding does.
+                settled: dict[str, Any] = {"steps": min(STEPS, size), "acceptance": "static", "stop_ids": ()}
+                out = self.lm.generate(self.row[:half].tolist(), max_new_tokens=BLOCKS * size, **settled)
         finally:
             self.lm.model.train(was_training)
         recall = float(np.mean([block.recall[0] for block in found]))
         return f"recall@{budget} {recall:.3f}; writes: {(out.text or str(out.tokens))!r}"
+
+
+def splits_weights() -> bool:
+    """Whether a forward pass needs every process: FSDP or DeepSpeed's ZeRO-3 is at work."""
+    return AcceleratorState().distributed_type is DistributedType.FSDP or is_deepspeed_zero3_enabled()
 
 
 def ideal_step_s(recipe: Recipe) -> float | None:

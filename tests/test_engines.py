@@ -46,19 +46,27 @@ pytestmark = [
 
 
 TRIED = [name for name in ENGINES if not name.startswith("zero") or find_spec("deepspeed")]
+FUSED = {
+    "fsdp2 fused": "train.kernels=fused",
+    "fsdp2 fused, recomputed": "train.kernels=fused train.checkpointing=non_reentrant",
+    "zero2 fused": "train.kernels=fused",
+}
+"""Launches with fused layers, which read weights themselves: engine and name, and what they change."""
+LAUNCHES = dict.fromkeys(TRIED, "") | {name: sets for name, sets in FUSED.items() if name.split()[0] in TRIED}
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> dict[str, Path]:
-    """Engine -> the run folder of two processes with it: the documented launches, all of them in one driver."""
-    folders = {engine: tmp_path_factory.mktemp(engine) / "run" for engine in TRIED}
+    """Launch -> the run folder of two processes with it: the documented launches, all of them in one driver."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) / "run" for name in LAUNCHES}
     changes = [part for change in CHANGES for part in ("--set", change)]
     launches = [
         [
-            *("--config_file", str(config_file(engine)), "--num_processes", "2", str(ROOT / "mage_tune" / "train.py")),
-            *("train", str(RECIPE), "--set", f"output={folder}", *changes),
+            *("--config_file", str(config_file(name.split()[0])), "--num_processes", "2"),
+            *(str(ROOT / "mage_tune" / "train.py"), "train", str(RECIPE), "--set", f"output={folder}", *changes),
+            *(part for change in LAUNCHES[name].split() for part in ("--set", change)),
         ]
-        for engine, folder in folders.items()
+        for name, folder in folders.items()
     ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -67,7 +75,7 @@ def launched(tmp_path_factory) -> dict[str, Path]:
     done = subprocess.run(driver, **given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]  # DeepSpeed talks too
-    for engine, found in zip(TRIED, ends, strict=True):
+    for engine, found in zip(LAUNCHES, ends, strict=True):
         assert found["code"] == 0, f"{engine}: {found['out'][-3000:]}"
         assert found["out"].count("adapter written to") == 1, engine
     return folders
@@ -129,6 +137,13 @@ def test_an_engine_that_splits_the_model_is_the_same_run(engine, alone, launched
     written = {file.name for file in (launched[engine] / "checkpoints" / "checkpoint-2").iterdir()}
     assert ("optimizer.bin" if engine == "fsdp2" else "latest") in written  # the engine was really at work
     assert "adapter_model.safetensors" in written
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_on_two_processes_are_the_same_run_as_plain_ones_on_one(name, alone, launched):
+    if name not in LAUNCHES:
+        pytest.skip("needs deepspeed")
+    assert_same_run(launched[name], alone)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

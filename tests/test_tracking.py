@@ -142,6 +142,38 @@ def test_samples_that_fail_warn_once(run, monkeypatch):
     assert (folder / "adapter_model.safetensors").is_file()
 
 
+def test_a_sample_that_fails_ends_a_run_whose_processes_share_weights(run, monkeypatch, tmp_path):
+    """The others wait for this one in a forward pass that it has left: no warning can help them."""
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no probe today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module, "probe_window", broken)
+        patch.setattr(watch_module, "splits_weights", lambda: True)
+        with pytest.raises(ValueError, match=r"after step 2 failed \(RuntimeError: no probe today\).*sample_every=0"):
+            run({}, "train.sample_every=2", "train.save_every=1", watch=Samples)
+    assert watch_module.splits_weights() is False
+    folder, err = run({}, f"output={next(tmp_path.glob('run-*'))}", "train.sample_every=0", "train.save_every=1")
+    assert "going on from" in err
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_samples_take_as_many_forwards_on_every_process(run, monkeypatch):
+    """Whatever the model writes: under FSDP a process with one forward more would wait for ever."""
+    seen = []
+    generate = watch_module.BlockDiffusionLM.generate
+
+    def kept(self, *arguments, **options):
+        seen.append(generate(self, *arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(watch_module.BlockDiffusionLM, "generate", kept)
+    run({}, "train.sample_every=1", watch=Samples)
+    assert [out.forwards_per_block for out in seen] == [watch_module.STEPS] * 3
+    assert {len(out.tokens) for out in seen} == {watch_module.BLOCKS * 32}
+
+
 def test_utilisation_is_the_ideal_time_over_the_step(run, monkeypatch):
     folder, _ = run({}, ideal_step_s=0.001)
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
