@@ -141,6 +141,7 @@ def all_cases() -> list[Case]:
         Case("7b-qlora-64k", "7b",
              long | {"data.length": 65536, "model.quantise": "nf4", "train.offload": True}, steps=2, warmup=1),
         Case("1.5b-length-128k", "1.5b", long | {"data.length": 131072, "train.offload": True}, steps=1, warmup=1),
+        Case("7b-32k-offload", "7b", long | {"data.length": 32768, "train.offload": True}, steps=2, warmup=1),
         Case("7b-qlora", "7b", FUSED | {"model.quantise": "nf4", "train.accumulation": 2}),
     ]  # fmt: skip
     for name in ("1.5b", "7b"):

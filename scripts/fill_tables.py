@@ -25,6 +25,7 @@ FILES = (
     "docs/selection.md",
     "docs/evaluation.md",
     "docs/training.md",
+    "docs/scaling.md",
     "docs/performance.md",
     "adapters/smollm2-135m-diffusion/README.md",
 )
@@ -135,25 +136,75 @@ def ruler_table(file: str = "ruler_h100.json") -> str:
 def training_table(file: str = "training_h100.json") -> str:
     """Steps of the real trainer on random weights of the exact shapes; cases that failed are left out."""
     record = json.loads((ROOT / "results" / file).read_text())
+    rows = [row for row in record["rows"] if "error" not in row and not row["baseline"]]
     columns = "layers | recomputed | streams | tokens a step | step | tokens/s | MFU | peak | predicted"
-    lines = [f"| case | rows x length | {columns} |", "|---|---:|---|---|---|" + "---:|" * 7]
-    for row in record["rows"]:
-        if "error" in row:
-            continue
+    lines = [f"| case | rows x length | {columns} |", "|---|---:|---|---|---|" + "---:|" * 6]
+    for row in rows:
+        recomputed = "nothing" if row["checkpointing"] == "off" else row["checkpointing"]
         lines.append(
             f"| {row['case']} | {row['rows']} x {row['accumulation']} x {row['length']} | {row['kernels']} "
-            f"| {'nothing' if row['checkpointing'] == 'off' else row['checkpointing']} | {row['stream_names']} "
+            f"| {recomputed}{', offload' if row['offload'] else ''} | {row['stream_names']} "
             f"| {row['tokens_per_step']:,} | {row['step_s']:.2f} s | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} "
             f"| {row['peak_gib']:.1f} GiB | {row['predicted_gib']:.1f} GiB |"
         )
-    versions = record["versions"]
-    lines += [
-        "",
-        f"Medians of the steps after warm-up; rows x micro-steps x length. {record['device']}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}, "
-        f"commit {record['commit']}.",
-    ]
+    lines += ["", f"Medians of the steps after warm-up; rows x micro-steps x length. {made_with(record)}"]
     return "\n".join(lines)
+
+
+def made_with(record: dict[str, Any]) -> str:
+    """Device, versions and commits of steps that were timed; rows merged from another run name their own commit."""
+    versions = record["versions"]
+    commits = dict.fromkeys(row.get("commit", record["commit"]) for row in record["rows"] if "error" not in row)
+    return (
+        f"{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"peft {versions['peft']}, commit {', '.join(commits)}."
+    )
+
+
+COMMON_WAYS = {
+    "dense_sdpa": "SDPA under a dense mask",
+    "block_mask_per_step": "BlockMask built anew, uncompiled",
+}
+"""Baselines of scripts/bench_training.py; all of them with logits of all positions and plain layers, recomputed."""
+
+
+def baselines_table(file: str = "training_h100.json") -> str:
+    """The same step written the common way, at the longest row that fits it, and ours at that length."""
+    record = json.loads((ROOT / "results" / file).read_text())
+    found = [row for row in record["rows"] if "error" not in row and row["baseline"]]
+    if not found:
+        return "Not measured yet."
+    lines = ["| model | the common way | longest row | tokens/s | peak | ours: tokens/s | peak | times |"]
+    lines += ["|---|---|" + "---:|" * 6]
+    for row in found:
+        ours = row["ours"]
+        lines.append(
+            f"| {row['model']} | {COMMON_WAYS[row['baseline']]} | {row['length']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['peak_gib']:.1f} GiB | {ours['tokens_per_s']:,.0f} | {ours['peak_gib']:.1f} GiB "
+            f"| {row['times_faster']:.2f}x |"
+        )
+    return "\n".join([*lines, "", f"Both in one process, without a student. {made_with(record)}"])
+
+
+def engines_table(file: str = "engines_h100.json") -> str:
+    """One and two GPUs, every engine that was run."""
+    if not (ROOT / "results" / file).exists():
+        return "Not measured yet."
+    record = json.loads((ROOT / "results" / file).read_text())
+    lines = ["| engine | GPUs | layers | step | tokens/s | against one GPU | peak of a GPU | loss differs by at most |"]
+    lines += ["|---|---:|---|" + "---:|" * 5]
+    for row in record["rows"]:
+        speedup = f"{row['speedup']:.2f}x" if row.get("speedup") else ""
+        differs = f"{row['largest_loss_difference']:.1g}" if row.get("largest_loss_difference") is not None else ""
+        lines.append(
+            f"| {row['engine']} | {row['gpus']} | {row['kernels']} | {row['step_s']:.2f} s "
+            f"| {row['tokens_per_s']:,.0f} | {speedup} | {row['peak_gib']:.1f} GiB | {differs} |"
+        )
+    about = (
+        f"{record['model']} with random weights of its exact shape, {record['tokens_per_step']:,} tokens of data a "
+        f"step in rows of {record['length']}; against one GPU with the same layers, losses against one GPU of any."
+    )
+    return "\n".join([*lines, "", f"{about} {made_with(record)}"])
 
 
 def conversion_table(file: str = "conversion_h100.json") -> str:
@@ -262,6 +313,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "all rules": all_rules_table,
     "ruler": ruler_table,
     "training": training_table,
+    "baselines": baselines_table,
+    "engines": engines_table,
     "conversion": conversion_table,
     "demo": demo_table,
     "speed": speed_table,
