@@ -252,6 +252,8 @@ def test_wheel_holds_both_packages_and_the_recipes(wheel: Path) -> None:
         assert str(file.relative_to(ROOT / "kernels")) in names
     for file in (ROOT / "recipes").rglob("*.*"):
         assert f"mage_tune/_recipes/{file.relative_to(ROOT / 'recipes')}" in names
+    for engine in ("ddp", "fsdp2", "zero2", "zero3"):
+        assert f"mage_tune/engines/{engine}.yaml" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"mage_tune", "mage_kernels"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

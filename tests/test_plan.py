@@ -327,6 +327,17 @@ def test_a_config_alone_is_enough(config_only):
     assert "activations" in table and "checkpoints" not in table  # its layers are fused and nothing is recomputed
     assert "with train.checkpointing=non_reentrant it needs" in " ".join(table.split())
     assert "flex mask" in table
+    words = " ".join(table.split())
+    assert f"({found_with(options, 'rtx4090')['longest_recomputed']:,} with train.checkpointing=non_reentrant)" in words
+    assert "the whole run: 6,553,600 tokens of data in " in words
+
+
+def found_with(options: list[str], gpu: str) -> dict:
+    found = json.loads(CliRunner().invoke(app, [*options, "--gpu", gpu, "--json"], catch_exceptions=False).stdout)
+    recomputed = [*options, "--gpu", gpu, "--set", "train.checkpointing=non_reentrant", "--json"]
+    leaner = json.loads(CliRunner().invoke(app, recomputed, catch_exceptions=False).stdout)
+    assert found["longest_length"] < found["longest_recomputed"] == leaner["longest_length"]
+    return found
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -339,6 +350,12 @@ def test_every_shipped_recipe_can_be_planned(recipe, config_only):
     found = plan(loaded)
     assert found.peak_gib > 0
     assert found.step_s > 0
+
+
+def test_a_config_out_of_reach_is_said_with_a_way_out(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"^nobody/nothing: its config.json cannot be read \(.*\); without network"):
+        plan(make_recipe(model={"path": "nobody/nothing", "random_weights": None}))
 
 
 def test_refusals(config_only):

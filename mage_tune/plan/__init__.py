@@ -45,6 +45,7 @@ class Plan:
     peak_gib: float
     fits: bool
     longest_length: int
+    longest_recomputed: int
     time: list[Item]
     step_s: float
     model_tflop_per_step: float
@@ -91,6 +92,7 @@ def plan(recipe: Recipe, card_name: str = "h100", memory_gib: float | None = Non
         peak_gib=peak,
         fits=peak <= USABLE * card.gib,
         longest_length=longest_length(recipe, shape, family, card),
+        longest_recomputed=longest_length(_recomputed(recipe), shape, family, card),
         time=time,
         step_s=step_s,
         model_tflop_per_step=model_tflop,
@@ -117,11 +119,16 @@ def _advice(recipe: Recipe, shape: Shape, family: Family, card: Card, peak: floa
     if peak <= USABLE * card.gib:
         return ""
     if recipe.train.checkpointing == "off":
-        settings = recipe.train.model_copy(update={"checkpointing": "non_reentrant"})
-        leaner = Estimate(recipe.model_copy(update={"train": settings}), shape, family)
+        leaner = Estimate(_recomputed(recipe), shape, family)
         needed = sum(item.amount for item in leaner.memory())
         return f"with train.checkpointing=non_reentrant it needs {needed:.1f} GiB"
     return "lower train.rows (raise train.accumulation as much) or data.length"
+
+
+def _recomputed(recipe: Recipe) -> Recipe:
+    """The recipe with every layer made again in the backward pass."""
+    settings = recipe.train.model_copy(update={"checkpointing": "non_reentrant"})
+    return recipe.model_copy(update={"train": settings})
 
 
 def as_json(found: Plan, probed: Probed | None = None) -> str:
@@ -141,17 +148,26 @@ def show(found: Plan, console: Console, probed: Probed | None = None) -> None:
     console.print(_table("memory", "GiB", found.memory, found.peak_gib))
     console.print(_table("time of a step", "s", found.time, found.step_s))
     verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    longer = ""
+    if found.longest_recomputed > found.longest_length:
+        longer = f" ({found.longest_recomputed:,} with train.checkpointing=non_reentrant)"
     lines = [
         f"{verdict}: {found.peak_gib:.1f} of {USABLE * found.card_gib:.1f} GiB usable; longest row that fits: "
-        f"{found.longest_length:,} tokens",
+        f"{found.longest_length:,} tokens{longer}",
         f"{found.tokens_per_step:,} tokens of data a step ({found.stream_tokens_per_step:,} through the model), "
         f"{found.tokens_per_step / found.step_s:,.0f} tokens/s, model FLOP utilisation {found.utilisation:.0%}",
-        f"{found.tokens / 1e6:.1f} M tokens in {found.hours:.2f} h",
+        f"the whole run: {found.tokens:,} tokens of data in {_duration(3600 * found.hours)}",
     ]
     if probed is not None:
         lines.append(_tried(found, probed))
     for line in (*lines, *([found.advice] if found.advice else [])):
         console.print(line, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _tried(found: Plan, probed: Probed) -> str:

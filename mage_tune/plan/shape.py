@@ -76,7 +76,14 @@ def read_model(recipe: Recipe) -> tuple[Shape, Family]:
         assert model.record is not None  # the recipe asks for a family
         return Shape(**sizes, **_extras(model.random_weights.architecture)), model.record
     assert model.path is not None
-    config, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
+    except OSError as error:
+        why = str(error).partition("\n")[0]
+        raise OSError(
+            f"{model.path}: its config.json cannot be read ({why}); without network name a local folder, with "
+            "model.path=FOLDER"
+        ) from error
     if not config:
         raise OSError(f"{model.path}: no config.json there")
     family = guess_family(config) if model.family is None else apply_config(get_family(model.family), config)
