@@ -140,11 +140,13 @@ class Blocks:
         self.record = read("decode_h100.json")
 
     def find(self, model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0,
-             context: int = LONG, steps: int = STEPS, graph: bool = True) -> dict[str, Any] | None:  # fmt: skip
+             context: int = LONG, steps: int = STEPS, graph: bool = True, fused: bool = False
+             ) -> dict[str, Any] | None:  # fmt: skip
         """The row of a case, None where it was not measured."""
         keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
         wanted = (model, batch, rule, kernel, dense, context, steps, graph)
         rows = [row for row in self.record["rows"] if tuple(row[key] for key in keys) == wanted]
+        rows = [row for row in rows if row.get("fused", False) == fused]  # rows of earlier commits do not say
         assert len(rows) <= 1, wanted
         return rows[0] if rows else None
 

@@ -18,6 +18,7 @@ from mage_tune.bench.run import Options, bench
 from mage_tune.cli import main
 from mage_tune.decode.engine.weights import QWEN_1_5B, QWEN_7B
 from mage_tune.families.fast_dllm_v2 import FAST_DLLM_V2
+from mage_tune.families.sdar import SDAR
 
 TINY = replace(
     QWEN_1_5B, name="tiny", num_layers=3, hidden=32, intermediate=32, num_heads=4, num_kv_heads=2, head_dim=8, vocab=99
@@ -71,12 +72,15 @@ def test_what_matters_comes_first():
     assert {case.rule for case in cases[:15]} == set(RULES)
     assert {case.exact_kernel for case in cases[:4]} == {"ours", "flashinfer-auto", "flashinfer-fa2", "sdpa"}
     mage = [case for case in cases if case.rule == "mage" and case.group == ("7B", 8, 131072)]
-    assert {(case.steps, case.dense_layers, case.is_graph) for case in mage} == {
-        (32, 0, True),
-        (32, 2, True),
-        (32, 0, False),
-        (8, 0, True),
-        (None, 0, True),
+    assert {(case.steps, case.dense_layers, case.is_graph, case.fuses) for case in mage} == {
+        (32, 0, True, False),
+        (32, 0, True, True),
+        (32, 2, True, False),
+        (32, 0, False, False),
+        (8, 0, True, False),
+        (8, 0, True, True),
+        (None, 0, True, False),
+        (None, 0, True, True),
     }
     assert {case.batch for case in cases} == {1, 4, 8}
 
@@ -96,10 +100,10 @@ def test_options_are_checked():
 def tiny_bench(monkeypatch, tmp_path):
     """tiny_bench(**options) -> (result, printed text); the checks, which have their own test, pass."""
 
-    family = FAST_DLLM_V2.with_overrides(mask_id=98, stop_ids=(1,), pad_id=0)
+    seeded = FAST_DLLM_V2.with_overrides(mask_id=98, stop_ids=(1,), pad_id=0)
 
-    def go(checks=PASSED, **options):
-        monkeypatch.setattr(run, "FAMILIES", {"fast_dllm_v2": family})
+    def go(checks=PASSED, family=seeded, **options):
+        monkeypatch.setattr(run, "FAMILIES", dict.fromkeys(("fast_dllm_v2", "sdar"), family))
         monkeypatch.setitem(run.SHAPES, "tiny", TINY)
         monkeypatch.setattr(run, "check_engine", lambda device, dtype: list(checks))
         text = io.StringIO()
@@ -135,6 +139,20 @@ def test_rows_table_plots_and_profile(tiny_bench, tmp_path):
     assert set(profile["steps"]) == {"exact", "score", "select", "sparse", "commit"}
     for step in profile["steps"].values():
         assert step["kernels"] and step["busy_ms"] == pytest.approx(sum(kernel["ms"] for kernel in step["kernels"]))
+
+
+def test_a_family_without_seeds_is_timed_with_fused_commits_too(tiny_bench):
+    family = SDAR.with_overrides(block_size=32, mask_id=98, stop_ids=(1,), pad_id=0)
+    result, text = tiny_bench(rules=["mage"], contexts=[96], batches=[1], family=family)
+    fused = [row for row in result["rows"] if row["fused"]]
+    assert [row["acceptance"] for row in fused] == ["static", "threshold"]
+    for row in fused:
+        apart = next(
+            r for r in result["rows"] if not r["fused"] and not r["dense_layers"] and r["steps"] == row["steps"]
+        )
+        assert apart["fused_ms"] is None and row["fused_ms"] > 0
+        assert row["floor_ms"] == pytest.approx(apart["floor_ms"] - apart["exact_floor_ms"])
+        assert "fused commit" in row_label(row) and row_label(row) in text
 
 
 def test_no_speed_without_correctness(tiny_bench, tmp_path):

@@ -42,11 +42,11 @@ OWN_DENSE_LAYERS = {"quest": 2, "quest-gemm": 2, "quest-mean": 2, "tidal": 2}
 """Rules whose authors leave the first layers dense are timed so."""
 
 
-def label(rule: str, exact_kernel: str, dense_layers: int, is_graph: bool) -> str:
+def label(rule: str, exact_kernel: str, dense_layers: int, is_graph: bool, fuses: bool = False) -> str:
     """What tells cases of one model, context and batch apart, for people."""
     kernel = f" ({exact_kernel})" if rule == "exact" else ""
     dense = f", {dense_layers} dense" if dense_layers else ""
-    return f"{rule}{kernel}{dense}" + ("" if is_graph else ", eager")
+    return f"{rule}{kernel}{dense}" + (", fused commit" if fuses else "") + ("" if is_graph else ", eager")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Case:
     dense_layers: int = 0
     budget: int = 512
     is_graph: bool = True
+    fuses: bool = False
+    """Whether the commit of the block before is part of the first step, where the engine can do so."""
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -72,7 +74,7 @@ class Case:
     @property
     def label(self) -> str:
         """For people."""
-        return label(self.rule, self.exact_kernel, self.dense_layers, self.is_graph)
+        return label(self.rule, self.exact_kernel, self.dense_layers, self.is_graph, self.fuses)
 
     def settings(self, family: Family) -> Settings:
         """How the engine is set up for it."""
@@ -97,7 +99,8 @@ def all_cases(
 ) -> list[Case]:
     """Every combination that says something, the most telling first.
 
-    1. The longest context, most steps: every rule, every exact kernel; MAGE with two dense layers and eagerly too.
+    1. The longest context, most steps: every rule, every exact kernel; MAGE with a fused commit, with two dense layers
+       and eagerly too.
     2. Fewer steps, and threshold decoding, there.
     3. The other contexts: exact and MAGE, most steps; then every rule.
     """
@@ -116,7 +119,8 @@ def all_cases(
 
 
 def _pair(at: tuple[str, int, int], steps: int | None, rules: list[str], budget: int) -> list[Case]:
-    return [Case(*at, steps, rule, budget=budget) for rule in ("exact", "mage") if rule in rules]
+    cases = [Case(*at, steps, rule, budget=budget) for rule in ("exact", "mage") if rule in rules]
+    return cases + [Case(*at, steps, "mage", budget=budget, fuses=True)] * ("mage" in rules)
 
 
 def _variants(at: tuple[str, int, int], steps: int, rules: list[str], budget: int) -> list[Case]:
@@ -127,6 +131,7 @@ def _variants(at: tuple[str, int, int], steps: int, rules: list[str], budget: in
             continue
         cases.append(Case(*at, steps, rule, dense_layers=OWN_DENSE_LAYERS.get(rule, 0), budget=budget))
         if rule == "mage":
+            cases.append(Case(*at, steps, rule, budget=budget, fuses=True))
             cases.append(Case(*at, steps, rule, dense_layers=2, budget=budget))
             cases.append(Case(*at, steps, rule, budget=budget, is_graph=False))
     return cases

@@ -138,8 +138,33 @@ def _check_family(family: str, device: torch.device, dtype: torch.dtype) -> Iter
         yield Check(f"{family}: logits, {what}", _error(ours, true), SLACK * _error(plain, true) + rounding)
     missed = 1.0 - float(true_choice.recall(selection).mean())
     yield Check(f"{family}: keys missed", missed, SLACK * (1.0 - float(true_choice.recall(plain_choice).mean())) + 0.01)
+    if engine.fuses_commits:
+        yield _fused_commit(lm, wide, prompts, block, rule)
     if device.type == "cuda":
         yield Check(f"{family}: tokens, graphs against launches", float(_differing(lm, prompts)), 0.0)
+
+
+def _fused_commit(
+    lm: BlockDiffusionLM, wide: BlockDiffusionLM, prompts: list[list[int]], block: Tensor, rule: Mage
+) -> Check:
+    """Keys and values that a block leaves in the cache, committed with the next one's first step or on its own."""
+    found = []
+    for model, may_wait in ((lm, True), (lm, False), (wide, False)):
+        settings = engine_settings(lm.family, Exact() if model is wide else rule)  # no rule keeps masses in float64
+        options: dict[str, Any] = {"impl": "reference", "use_graphs": False} if model is wide else {}
+        engine = Engine(weights_of(model.model), settings, len(prompts), max(LENGTHS) + 2 * BLOCK, **options)
+        for row, ids in enumerate(prompts):
+            engine.prefill(row, ids)
+        engine.blocks.lay_out(block.clamp(max=MASK_ID - 1))  # any block without masks
+        engine.commit(may_wait=may_wait)
+        engine.blocks.lay_out(block)
+        engine.denoise(1)
+        ends = [slice(len(ids), len(ids) + BLOCK) for ids in prompts]
+        memory = torch.stack([engine.cache.keys, engine.cache.values])
+        found.append(torch.cat([memory[:, :, row, :, end].flatten() for row, end in enumerate(ends)]))
+    fused, single, true = found
+    allowed = SLACK * _error(single, true) + torch.finfo(fused.dtype).eps
+    return Check(f"{lm.family.name}: keys and values, fused commit", _error(fused, true), allowed)
 
 
 def _plain(

@@ -38,6 +38,7 @@ def make_engine(case: Case, weights: Weights, family: Family, cache: Cache) -> E
         use_graphs=case.is_graph and weights.device.type == "cuda",
         cache=cache,
     )
+    assert engine.fuses_commits or not case.fuses
     cache.set_lengths([case.context] * case.batch)
     if engine.quest is not None:
         engine.quest.update(cache.capacity)
@@ -58,6 +59,7 @@ def measure(case: Case, engine: Engine, ceilings: Ceilings, *, repeats: int = 5,
     times = []
     for _ in range(blocks):
         _lay_out(case, engine)
+        _finish_one(case, engine)
         times.append(elapsed_ms(lambda: counts.update(_block(case, engine)), device))
     roofline = Roofline(engine.weights.shape, ceilings, case.batch, case.context, engine.block_size)
     exact_floor = roofline.exact_ms()
@@ -77,8 +79,10 @@ def measure(case: Case, engine: Engine, ceilings: Ceilings, *, repeats: int = 5,
         "sparse_ms": steps.get("sparse"),
         "commit_ms": steps["commit"],
         "select_ms": steps.get("select"),
-        "floor_ms": (counts["exact"] + 1) * exact_floor + counts["sparse"] * sparse_floor,
+        "floor_ms": (counts["exact"] + (not case.fuses)) * exact_floor + counts["sparse"] * sparse_floor,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None,
+        "fused": case.fuses,
+        "fused_ms": steps.get("commit+score") if case.fuses else None,
         "acceptance": engine.settings.acceptance.name,
         "exact_steps": counts["exact"],
         "plain_exact_ms": steps["exact"],
@@ -95,6 +99,8 @@ def _steps_ms(case: Case, engine: Engine, repeats: int) -> dict[str, float]:
         kinds = ["exact", "sparse", "commit"]
     if not any(map(engine.rule.is_sparse, engine.cache.held)):
         kinds = ["exact", "commit"]
+    if case.fuses:
+        kinds.append("commit+score" if "score" in kinds else "commit+exact")
     _lay_out(case, engine)
     engine.plan()
     engine.set_active([False] * case.batch)  # commits are done, and move nothing on
@@ -113,8 +119,16 @@ def _lay_out(case: Case, engine: Engine) -> None:
     engine.blocks.lay_out(engine.blocks.ids.clone())
 
 
+def _finish_one(case: Case, engine: Engine) -> None:
+    """Where commits are fused: the block before, finished at the end of the prefix and not committed yet."""
+    if case.fuses:
+        engine.cache.set_lengths([case.context - engine.block_size] * case.batch)
+        engine.commit(may_wait=True)
+
+
 def _block(case: Case, engine: Engine) -> dict[str, int]:
-    """All steps and the commit; with static acceptance exactly the steps asked for."""
+    """All steps and a commit; with static acceptance exactly the steps asked for."""
     counts = engine.denoise(case.steps or engine.block_size)
-    engine.commit()
+    if not case.fuses:  # else the first step did the commit of the block before
+        engine.commit()
     return counts

@@ -26,7 +26,7 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
 
 def row_label(row: Row) -> str:
     """Rule, kernel, dense layers, eager or not."""
-    return label(row["rule"], row["exact_kernel"], row["dense_layers"], row["graph"])
+    return label(row["rule"], row["exact_kernel"], row["dense_layers"], row["graph"], row.get("fused", False))
 
 
 def describe(row: Row) -> str:

@@ -60,7 +60,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device):
     x = torch.randn(2, 2, 5, 16, dtype=torch.float16, device=device)
     count = torch.tensor([3, 5], dtype=torch.int32, device=device)
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_op, (x, x, x, count, 0.3, x, x, 16, 0), test_utils=utilities)
+    torch.library.opcheck(_op, (x, x, x, count, 0.3, x, x, 0, 16, 0), test_utils=utilities)
     torch.library.opcheck(small, (x, x, x, count.repeat(2, 1), 0.3, 2, 5), test_utils=utilities)
 
 

@@ -65,6 +65,18 @@ def test_large_logits_do_not_overflow(device):
     check_against_float64(q * 30, k, v, lengths, own, 16, 1.0)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("start", [16, 5])
+def test_only_later_rows_see_the_block_itself(device, impl, start):
+    q, k, v, lengths, own = make(2, 2, 32, 50, 32, torch.float16, device, [50, 0])
+    got = exact_attention(q, k, v, lengths, 0.2, **own, own_from=start, tile=16, impl=impl)
+    all_see, none_see = (exact_attention(q, k, v, lengths, 0.2, **own_, tile=16, impl=impl) for own_ in (own, {}))
+    for name in ("out", "log_mass", "prefix_log_mass"):
+        found, late, early = (getattr(seen, name) for seen in (got, all_see, none_see))
+        assert found[:, :, start:].equal(late[:, :, start:]) and found[:, :, :start].equal(early[:, :, :start])
+    assert got.out.isfinite().all()
+
+
 def test_strided_caches(device):
     q, k, v, lengths, own = make(2, 2, 16, 40, 32, torch.float16, device, [40, 9])
     expected = exact_attention(q, k, v, lengths, 0.2, **own, impl="triton")

@@ -50,6 +50,7 @@ def exact_attention(
     *,
     own_key: Tensor | None = None,
     own_value: Tensor | None = None,
+    own_from: int = 0,
     tile: int | None = None,
     block: int | None = None,
     impl: str = "auto",
@@ -61,7 +62,9 @@ def exact_attention(
         key, value: (batch, KV heads, capacity, D), same dtype; the last dimension contiguous.
         lengths: (batch,) int32 valid keys of each batch row, 0 to capacity, not checked: they stay on the device.
         scale: factor on the logits, 1 / sqrt(D).
-        own_key, own_value: (batch, KV heads, B, D) of the block, all visible to every row; both or neither.
+        own_key, own_value: (batch, KV heads, B, D) of the block, all visible to every row from `own_from` on; both or
+            neither.
+        own_from: rows before it see the prefix alone.
         tile: keys per tile (16, 32, 64 or 128; 64 and 128 are fast) to return `tile_log_mass`; None to leave it out.
         block: positions of a block, to get `out` token by token.
         impl: see the package's docstring.
@@ -86,8 +89,10 @@ def exact_attention(
         raise ValueError(f"{op}: tile {tile} is none of {TILES}")
     check_block(op, query, block)
     if not choose(op, impl, *tensors, lengths, limit=tensor_core_limit(*tensors)):
-        seen = Attended(*reference.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile))
+        own = (own_key, own_value, own_from)
+        seen = Attended(*reference.exact_attention(query, key, value, lengths, scale, *own, tile))
         return seen if block is None else seen._replace(out=by_token(seen.out, block))
     from mage_kernels.exact_attention import triton
 
-    return Attended(*triton.exact_attention(query, key, value, lengths, scale, own_key, own_value, tile, block or 0))
+    own = (own_key, own_value, own_from)
+    return Attended(*triton.exact_attention(query, key, value, lengths, scale, *own, tile, block or 0))

@@ -15,6 +15,7 @@ def exact_attention(
     scale: float,
     own_key: Tensor | None,
     own_value: Tensor | None,
+    own_from: int,
     tile: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `mage_kernels.exact_attention.exact_attention`; tiles beyond a length get -inf."""
@@ -30,7 +31,9 @@ def exact_attention(
         tiles = F.pad(logits, (0, -capacity % tile), value=float("-inf")).unflatten(-1, (-1, tile))
         tile_log_mass = tiles.logsumexp(-1).transpose(-1, -2).contiguous()
     if own_key is not None and own_value is not None:
-        logits = torch.cat([logits, query.to(dtype) @ own_key.to(dtype).transpose(-1, -2) * scale], dim=-1)
+        own = query.to(dtype) @ own_key.to(dtype).transpose(-1, -2) * scale
+        own[..., :own_from, :] = float("-inf")
+        logits = torch.cat([logits, own], dim=-1)
         value = torch.cat([value, own_value], dim=-2)
     log_mass = logits.logsumexp(-1)
     weights = (logits - log_mass[..., None]).exp().nan_to_num(0.0)  # -inf - -inf where nothing is seen

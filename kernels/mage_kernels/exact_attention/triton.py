@@ -139,6 +139,7 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
+    OWN_FROM: tl.constexpr,
     TILE_MASS: tl.constexpr,
     POSITIONS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -199,7 +200,10 @@ def merge_kernel(
     o_row = i_bh * num_rows + o_m
     tl.store(prefix_log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
     if OWN > 0:
-        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
+        b_all, b_top, b_total, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
+        m_see = o_m >= OWN_FROM
+        b_acc = tl.where(m_see[:, None], b_all, b_acc)
+        b_max, b_sum = tl.where(m_see, b_top, b_max), tl.where(m_see, b_total, b_sum)
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
     p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_v
     tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & (o_v < D))
@@ -256,11 +260,12 @@ def exact_attention(
     scale: float,
     own_key: Tensor | None,
     own_value: Tensor | None,
+    own_from: int,
     tile: int | None,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `mage_kernels.exact_attention.exact_attention`."""
-    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, tile or 0, block)
+    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, own_from, tile or 0, block)
     return *seen, tile_log_mass if tile else None
 
 
@@ -273,11 +278,12 @@ def _op(
     scale: float,
     own_key: Tensor | None,
     own_value: Tensor | None,
+    own_from: int,
     tile: int,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = make_plan(query, key, value, tile)
-    return launch(plan, query, key, value, lengths, scale, own_key, own_value, tile, block)
+    return launch(plan, query, key, value, lengths, scale, own_key, own_value, own_from, tile, block)
 
 
 @_op.register_fake
@@ -289,6 +295,7 @@ def _(
     scale: float,
     own_key: Tensor | None,
     own_value: Tensor | None,
+    own_from: int,
     tile: int,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,6 +331,7 @@ def launch(
     scale: float,
     own_key: Tensor | None,
     own_value: Tensor | None,
+    own_from: int,
     tile: int,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -400,6 +408,7 @@ def launch(
         BLOCK_S=min(16, triton.next_power_of_2(plan.num_splits)),
         OWN=own,
         BLOCK_OWN=max(16, triton.next_power_of_2(own)),
+        OWN_FROM=own_from,
         TILE_MASS=tile > 0,
         POSITIONS=block,
         **overlap(query),

@@ -2,6 +2,7 @@
 
     ExactAttention    the whole prefix, by any exact kernel; also a commit, whose keys stay in the cache
     ScoringAttention  the whole prefix, and what a selection rule needs to know of it
+    CommittingAttention  either, of two blocks at once: a commit and the next block's first step
     KeptAttention     the keys chosen for this block
     QuestAttention    the best pages, chosen in every layer of every step
     TidalAttention    the best keys, chosen in two layers of every step
@@ -21,6 +22,7 @@ from torch import Tensor
 from mage_kernels.exact_attention import Attended, exact_attention
 from mage_kernels.gather_attention import gather_attention
 from mage_kernels.key_scores import mean_logit
+from mage_kernels.layout import by_token
 from mage_kernels.page_scores import page_scores, update_pages
 from mage_kernels.rope_append import rope_append
 from mage_kernels.small_attention import small_attention
@@ -45,18 +47,25 @@ class Frame:
         self.no_slots = torch.zeros_like(cache.lengths)
 
     def append(
-        self, layer: int, qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None = None
+        self,
+        layer: int,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        rows: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Write a block's keys and values from `slots` on; returns its packed query rows (batch, KV heads, R, D).
 
-        `qkv` is the projection, or parts of its sum (`forward.Attend`).
+        `qkv` is the projection, or parts of its sum (`forward.Attend`). `positions`: by default where the cache ends.
         """
         weights = self.weights.layers[layer]
         return rope_append(
             qkv,
             self.cosine,
             self.sine,
-            self.cache.lengths,
+            self.cache.lengths if positions is None else positions,
             keys,
             values,
             slots,
@@ -131,6 +140,58 @@ class ScoringAttention:
         )
         observer.observe(layer, rows, attended)
         return attended.out
+
+
+class CommittingAttention:
+    """Two blocks of every row at once, by our kernel: finished ones, whose keys the cache takes, and those after them.
+
+    The projection holds the finished blocks of all rows, then the next ones of all rows. A finished block sees what
+    it sees in a commit; the next one sees it too, as the end of its prefix, and a rule observes the next one alone.
+    """
+
+    def __init__(self, frame: Frame, advance: Tensor, observer: Observer | None) -> None:
+        self.frame, self.advance, self.observer = frame, advance, observer
+        self.start = torch.zeros_like(frame.cache.lengths)
+        """Where the finished blocks begin."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `forward.Attend`; the first layer moves the cache's lengths on."""
+        frame, cache = self.frame, self.frame.cache
+        if layer == 0:
+            self.start.copy_(cache.lengths)
+            cache.lengths.add_(self.advance)
+        observer = self.observer if self.observer is not None and layer >= self.observer.first_layer else None
+        keys, values = cache.keys[layer], cache.values[layer]
+        finished, following = (half.contiguous() for half in qkv.chunk(2, dim=-2))
+        first = frame.append(layer, finished, keys, values, self.start, positions=self.start)
+        second = frame.append_own(layer, following, observer.rows(layer) if observer is not None else None)
+        count = first.shape[2]
+        attended = exact_attention(
+            torch.cat([first, second], dim=2),
+            keys,
+            values,
+            cache.lengths,
+            frame.scale,
+            own_key=frame.own_key,
+            own_value=frame.own_value,
+            own_from=count,
+            tile=observer.tile if observer is not None else None,
+            impl=frame.impl,
+        )
+        if observer is not None:
+            observer.observe(layer, second, _rows_from(attended, count))
+        return torch.cat([by_token(half, frame.block_size) for half in attended.out.split(count, dim=2)])
+
+
+def _rows_from(attended: Attended, start: int) -> Attended:
+    """What the rows from `start` on saw."""
+    tiles = attended.tile_log_mass
+    return Attended(
+        attended.out[:, :, start:],
+        attended.log_mass[:, :, start:].contiguous(),
+        attended.prefix_log_mass[:, :, start:].contiguous(),
+        None if tiles is None else tiles[..., start:].contiguous(),
+    )
 
 
 MOST_SMALL_SLOTS = 4096

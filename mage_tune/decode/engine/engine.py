@@ -7,6 +7,7 @@ Every step is a function of static buffers (tokens, lengths, cache, kept keys), 
     select   keys of all layers chosen and copied together
     sparse   the chosen keys alone; its shapes do not depend on the context
     commit   the finished block, clean: keys and values into the cache, the next block's seed
+    commit+exact, commit+score   a commit and the next block's first step in one pass over weights and cache
 
 With static acceptance the number of steps is known beforehand and nothing is read back. With a threshold the host
 waits for each step's "done" flag: an empty slot of tens of microseconds, where running ahead of the flag would cost one
@@ -26,6 +27,7 @@ from mage_kernels.confidence import confidence
 from mage_kernels.layout import by_token
 from mage_kernels.rope_append import rope_append
 from mage_tune.decode.engine.attention import (
+    CommittingAttention,
     ExactAttention,
     Frame,
     KeptAttention,
@@ -43,7 +45,7 @@ from mage_tune.decode.engine.weights import Weights
 from mage_tune.decode.rules import Quest, Tidal
 from mage_tune.decode.settings import Settings
 
-Step = Literal["exact", "score", "select", "sparse", "commit"]
+Step = Literal["exact", "score", "select", "sparse", "commit", "commit+exact", "commit+score"]
 
 
 class Engine:
@@ -92,6 +94,10 @@ class Engine:
         self.advance = torch.full_like(self.cache.lengths, self.block_size)
         """What a commit adds to each row's length; 0 for rows that are finished."""
         self.is_active = [True] * batch
+        self.finished = self.blocks.ids.clone()
+        """Blocks that the next commit writes into the cache."""
+        self.is_deferred = False
+        """Whether they are still to be written, by the next blocks' first step."""
         frame = Frame(weights, self.cache, self.block_size, self.impl)
         self.frame = frame
         self.kernel = make_kernel(exact_kernel, self.cache, weights.shape, self.block_size, self.impl)
@@ -107,6 +113,7 @@ class Engine:
 
     def _add_rule(self, quest_form: str) -> None:
         rule, frame = self.rule, self.frame
+        self._attend["commit+exact"] = CommittingAttention(frame, self.advance, None)
         if rule.chooses == "never":
             return
         if isinstance(rule, Quest):
@@ -117,6 +124,7 @@ class Engine:
         else:
             self.chooser = make_chooser(rule, frame)
             self._attend["score"] = ScoringAttention(frame, self.chooser, self.exact)
+            self._attend["commit+score"] = CommittingAttention(frame, self.advance, self.chooser)
             self._attend["sparse"] = KeptAttention(frame, self.chooser.kept, self.exact)
 
     # --- one block ---
@@ -135,7 +143,11 @@ class Engine:
             if kind == "sparse" and self.chooser is not None and not is_selected:
                 self.run("select")
                 is_selected = True
-            self.run(kind)
+            if self.is_deferred:
+                self.is_deferred = False
+                self.run("commit+score" if kind == "score" else "commit+exact")
+            else:
+                self.run(kind)
             counts["sparse" if kind == "sparse" else "exact"] += 1
             if self.settings.acceptance.name == "threshold" and self.blocks.are_done():
                 break
@@ -150,15 +162,38 @@ class Engine:
         chosen_at = self.rule.select_at(self.settings.steps or self.block_size)
         return "exact" if step < chosen_at else "score" if step == chosen_at else "sparse"
 
-    def commit(self) -> None:
-        """Write the finished blocks of the active rows into the cache; `seed` then holds their next tokens."""
+    def commit(self, *, may_wait: bool = False) -> None:
+        """Write the finished blocks of the active rows into the cache; `seed` then holds their next tokens.
+
+        Args:
+            may_wait: the next call is `denoise` of the blocks that follow these in the same rows, whose first step may
+                do it in the same pass (`fuses_commits`).
+        """
+        self._commit_now()  # nothing was denoised since
         self.plan()
-        self.run("commit")
+        self.finished.copy_(self.blocks.ids)
+        self.is_deferred = True
+        if not (may_wait and self.fuses_commits):
+            self._commit_now()
         size = self.block_size
         self.cache.held = [n + size * active for n, active in zip(self.cache.held, self.is_active, strict=True)]
 
+    def _commit_now(self) -> None:
+        """If a commit is still to be done."""
+        if self.is_deferred:
+            self.is_deferred = False
+            self.run("commit")
+
+    @property
+    def fuses_commits(self) -> bool:
+        """Whether a commit can be part of the next block's first step: an exact step, by our kernel, without a seed."""
+        is_exact = self.chooser is not None or self.rule.chooses == "never"
+        return is_exact and self.kernel.name == "ours" and not self.settings.family.seed_token
+
     def set_active(self, is_active: Sequence[bool]) -> None:
         """Which rows a commit moves on; all by default."""
+        if list(is_active) != self.is_active:
+            self._commit_now()
         self.is_active = list(is_active)
         self.advance.copy_(torch.tensor(self.is_active, dtype=torch.int32) * self.block_size)
 
@@ -182,6 +217,8 @@ class Engine:
             "select": kept,
             "sparse": exact if has_dense else None,
             "commit": exact,
+            "commit+exact": exact,
+            "commit+score": exact,
         }
 
     def run(self, kind: Step) -> None:
@@ -195,6 +232,9 @@ class Engine:
             self.chooser.select()
         elif kind == "commit":
             self._commit()
+        elif kind in ("commit+exact", "commit+score"):
+            hidden = self.body.forward(torch.cat([self.finished, self.blocks.ids]), self._attend[kind])
+            self.blocks.accept(*self._greedy(hidden.chunk(2)[1]))
         else:
             hidden = self.body.forward(self.blocks.ids, self._attend[kind])
             self.blocks.accept(*self._greedy(hidden))
@@ -202,11 +242,12 @@ class Engine:
     @torch.no_grad()
     def look(self, kind: Step) -> Tensor:
         """Logits (batch, B, vocab) of an "exact", "score" or "sparse" step whose tokens are not accepted; no graph."""
+        self._commit_now()
         hidden = self.body.forward(self.blocks.ids, self._attend[kind])
         return self.body.logits(hidden).unflatten(0, (-1, self.block_size))
 
     def _commit(self) -> None:
-        hidden = self.body.forward(self.blocks.ids, self.exact)
+        hidden = self.body.forward(self.finished, self.exact)
         self.cache.lengths.add_(self.advance)
         if self.quest is not None:
             self.quest.update(self.block_size)
@@ -238,6 +279,7 @@ class Engine:
         Raises:
             ValueError: not whole blocks, or they do not fit.
         """
+        self._commit_now()
         size, held = self.block_size, list(self.cache.held)
         if not ids or len(ids) % size:
             raise ValueError(f"only whole blocks of {size} tokens can be read in, got {len(ids)} tokens")

@@ -176,7 +176,7 @@ class EngineWriter:
 
     def _commit(self, going: list[Row]) -> None:
         self.engine.set_active([row.finish is None for row in self.rows])
-        self.engine.commit()
+        self.engine.commit(may_wait=True)
         seeds = self.engine.seed.tolist()
         for row in going:
             row.forwards["commit"] += 1
