@@ -130,6 +130,7 @@ class EngineWriter:
     def _prefill(self) -> None:
         engine, size = self.engine, self.block_size
         engine.cache.set_lengths([0] * len(self.rows))
+        engine.is_deferred = False  # a commit of an earlier text, if that was cut short
         for row in self.rows:
             whole = row.tokens[: len(row.tokens) // size * size]
             if not whole:
