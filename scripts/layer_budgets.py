@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from compare_rules import open_window
 from rich.console import Console
 
 from mage_tune import load
 from mage_tune.backbone import causal_lm
 from mage_tune.data.text import load_ids
-from mage_tune.decode.attention import block_forward
+from mage_tune.decode.attention import Selection, block_forward
 from mage_tune.decode.rules import Mage, Observed
 from mage_tune.decode.steps import Choice
 from mage_tune.environment import environment
@@ -78,28 +79,44 @@ class Probe:
         """Look once; every choice of keys is made from it."""
         return cls(window, look(window, window.start, [rule]).observed[rule], rule)
 
+    def choose(self, budgets: Budgets) -> Selection:
+        """The keys of every layer."""
+        rule = replace(self.rule, layer_budgets=tuple(budgets.items()))
+        return rule.choose(self.observed, self.window.lengths)
+
     @torch.no_grad()
-    def losses(self, tried: Sequence[Budgets]) -> np.ndarray:
-        """(len(tried),) cross-entropy of the window's still masked tokens under each of the budgets, nats."""
-        window, lengths = self.window, self.window.lengths
-        rows = [block for block in range(len(lengths)) for _ in REVEALS]
-        rules = [replace(self.rule, layer_budgets=tuple(budgets.items())) for budgets in tried]
-        choices = [Choice(rule.choose(self.observed, lengths), None, []).take(rows) for rule in rules]
-        prefix, ids = window.prefix(len(REVEALS), len(tried)), window.later.repeat(len(tried), 1)
-        hidden = block_forward(window.lm.model, prefix, ids, selection=stack(choices)[0])
-        return np.array(window.losses(hidden, len(tried)))
+    def losses(self, selections: Sequence[Selection]) -> np.ndarray:
+        """(len(selections),) cross-entropy of the window's still masked tokens under each of them, nats."""
+        window, times = self.window, len(selections)
+        rows = [block for block in range(len(window.lengths)) for _ in REVEALS]
+        chosen = stack([Choice(selection, None, []).take(rows) for selection in selections])[0]
+        prefix, ids = window.prefix(len(REVEALS), times), window.later.repeat(times, 1)
+        return np.array(window.losses(block_forward(window.lm.model, prefix, ids, selection=chosen), times))
 
 
-def mean_losses(probes: Sequence[Probe], tried: Sequence[Budgets]) -> np.ndarray:
-    """(len(tried),) means over the windows."""
-    return np.mean([probe.losses(tried) for probe in probes], axis=0)
+def one_by_one(at: Selection, other: Selection) -> list[Selection]:
+    """`at` with one layer after the other taken from `other`."""
+    slots = max(at.index.shape[-1], other.index.shape[-1])
+    (index, kept), (other_index, other_kept) = (
+        [F.pad(x, (0, slots - x.shape[-1])) for x in (chosen.index, chosen.is_kept)] for chosen in (at, other)
+    )
+    found = []
+    for layer in range(len(index)):
+        is_layer = (torch.arange(len(index), device=index.device) == layer)[:, None, None, None]
+        swapped = torch.where(is_layer, other_index, index), torch.where(is_layer, other_kept, kept)
+        found.append(Selection(*swapped, first_layer=at.first_layer))
+    return found
 
 
 def sweep(probes: Sequence[Probe], found: Budgets, levels: Sequence[int]) -> dict[int, dict[int, float]]:
     """Level -> layer -> what happens to the cross-entropy when this layer alone keeps so many keys, nats."""
-    (at,) = mean_losses(probes, [found])
-    tried = {level: mean_losses(probes, [found | {layer: level} for layer in found]) for level in levels}
-    return {level: dict(zip(found, (ce - at).tolist(), strict=True)) for level, ce in tried.items()}
+    changes: dict[int, np.ndarray] = {level: np.zeros(len(found)) for level in levels}
+    for probe in probes:
+        at = probe.choose(found)
+        (ce,) = probe.losses([at])
+        for level, change in changes.items():
+            change += (probe.losses(one_by_one(at, probe.choose(dict.fromkeys(found, level)))) - ce) / len(probes)
+    return {level: dict(zip(found, change.tolist(), strict=True)) for level, change in changes.items()}
 
 
 # Choosing
@@ -142,7 +159,7 @@ def search(probes: Sequence[Probe], layers: Sequence[int], rounds: int, console:
         changes.append(sweep(probes, sets[-1], levels_of(budget)))
         sets.append(allocate(changes[-1], budget))
         console.print(f"round {number + 1} of {rounds}: {time.perf_counter() - started:.0f} s", highlight=False)
-    ce = mean_losses(probes, sets)
+    ce = np.mean([probe.losses([probe.choose(budgets) for budgets in sets]) for probe in probes], axis=0)
     best = int(ce.argmin())
     return {
         "budgets": sets[best],

@@ -99,8 +99,8 @@ OFF = {
     f"{S}.kl_weight": 1.0,
     f"{S}.share": 1.0,
     f"{S}.layer_budgets": {},
-    "train.rows": 4,
-    "train.accumulation": 4,
+    "train.rows": 8,
+    "train.accumulation": 2,
     "train.warmup_steps": 10,
 }
 """Diffusion alone; arms name what differs from here, so that they stay what they are when the recipe changes."""

@@ -53,6 +53,12 @@ def test_budgets_are_measured_chosen_and_kept(tmp_path, monkeypatch, capsys, tin
 
     lm, tokens = load("base"), np.asarray(ids)
     windows = script.cut_windows(tokens, 256, 2)
+    rule, equal = Mage(budget=8, dense_layers=1), dict.fromkeys((1, 2, 3), 8)
+    probes = [script.Probe.of(script.open_window(lm, window, n, 2), rule) for n, window in enumerate(windows)]
+    swept = script.sweep(probes, equal, [24])[24]
+    for layer, change in swept.items():  # one layer at a time, chosen by the rule itself
+        apart = [np.diff(probe.losses([probe.choose(equal), probe.choose(equal | {layer: 24})])) for probe in probes]
+        assert change == pytest.approx(np.mean(apart), abs=1e-6)
     given = Eval(text="train.npy", context=256, documents=2, blocks=2, budgets=[8], dense_layers=1)
     pairs = tuple((int(layer), keys) for layer, keys in found["budgets"].items())
     arms = [Arm("mage", "mage", options=(("layer_budgets", pairs),)), Arm("oracle", "oracle")]
