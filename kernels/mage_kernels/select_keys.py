@@ -41,6 +41,7 @@ def select_keys(
     shortlist: int | None = None,
     sinks: int = 0,
     recent: int = 0,
+    most: Tensor | None = None,
     impl: str = "auto",
 ) -> Selected:
     """The k keys of highest mean probability, from the best tiles.
@@ -52,11 +53,12 @@ def select_keys(
         tile: keys per tile of `mass`.
         shortlist: tiles to look into, sink and recent tiles included; by default 8 times as many keys as are chosen.
         sinks, recent: first and last valid keys that are chosen whatever their score.
+        most: ([layers,] batch, KV heads) int32: keys to choose for each head, 1 to k; k for all without.
     """
     if shortlist is None:
         shortlist = 8 * -(-k // tile)
     forced: dict[str, Any] = {"sinks": sinks, "recent": recent, "impl": impl}
     tiles = top_k(mass, min(shortlist, mass.shape[-1]), lengths, page=tile, **forced)
     score = tile_probability(query, key, log_mass, lengths, scale, tiles.index, tiles.count, tile, impl=impl)
-    keys = top_k(score, k, lengths, groups=(tiles.index, tiles.count, tile), **forced)
+    keys = top_k(score, k, lengths, groups=(tiles.index, tiles.count, tile), most=most, **forced)
     return Selected(keys.index, keys.count, keys.worst_chosen >= tiles.best_left)

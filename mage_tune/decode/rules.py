@@ -181,15 +181,22 @@ class Mage(Rule):
             if keys < max(1, self.sinks + self.recent):
                 raise ValueError(f"layer_budgets: {keys} keys of layer {layer} are too few (sinks and recent included)")
 
-    def _counts(self, observed: Sequence[Observed], prefix_lengths: Sequence[int]) -> list[list[int]]:
+    def keys_by_layer(self, num_layers: int, prefix_length: int) -> list[int]:
+        """Keys that each layer from `dense_layers` on keeps of such a prefix.
+
+        Raises:
+            ValueError: `layer_budgets` name a layer that the model has not got.
+        """
         keys = dict(self.layer_budgets)
-        if keys and max(keys) >= self.dense_layers + len(observed):
+        if keys and max(keys) >= num_layers:
             raise ValueError(f"layer_budgets: the model has no layer {max(keys)}")
-        layers = range(self.dense_layers, self.dense_layers + len(observed))
-        return [
-            [min(keys.get(layer, self.budget), n) if self.is_sparse(n) else n for n in prefix_lengths]
-            for layer in layers
-        ]
+        if not self.is_sparse(prefix_length):
+            return [prefix_length] * (num_layers - self.dense_layers)
+        return [min(keys.get(layer, self.budget), prefix_length) for layer in range(self.dense_layers, num_layers)]
+
+    def _counts(self, observed: Sequence[Observed], prefix_lengths: Sequence[int]) -> list[list[int]]:
+        num_layers = self.dense_layers + len(observed)
+        return [list(row) for row in zip(*(self.keys_by_layer(num_layers, n) for n in prefix_lengths), strict=True)]
 
     def observe(self, view: LayerView) -> Observed:
         """Mean attention probability of each key over the block and the group."""

@@ -102,6 +102,20 @@ def test_layers_share_the_lengths_of_the_batch(device):
     assert layered.index.equal(single.index.repeat(3, 1, 1, 1))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_rows_may_want_fewer(impl, width, device):
+    score, most = scores(device), torch.tensor([[1, 10], [4, 7]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([150, 6], dtype=torch.int32, device=device)
+    got = top_k(score, 10, lengths, most=most, sinks=1, impl=impl)
+    assert got.count.tolist() == [[1, 10], [4, 6]]
+    for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        k = int(most[row, head])
+        alone = top_k(score, k, lengths, sinks=1, impl="reference")
+        assert got.index[row, head, :k].equal(alone.index[row, head]) and (got.index[row, head, k:] == 0).all()
+        assert got.worst_chosen[row, head] == alone.worst_chosen[row, head]
+        assert got.best_left[row, head] == alone.best_left[row, head]
+
+
 def test_more_slots_than_entries(width, device):
     score = scores(device)[..., :5].contiguous()
     got = top_k(score, 9, torch.tensor([5, 3], dtype=torch.int32, device=device), impl="triton")

@@ -43,6 +43,7 @@ def top_k(
     sinks: int = 0,
     recent: int = 0,
     groups: tuple[Tensor, Tensor, int] | None = None,
+    most: Tensor | None = None,
     impl: str = "auto",
 ) -> Chosen:
     """The k best of the valid entries of each row.
@@ -57,6 +58,7 @@ def top_k(
         groups: (index, count, size) where `score` holds not all entries but those of some groups of `size` in a row:
             index (..., S) int32 ascending group numbers, of which the first count (...) int32 are meant, and N is
             S * size; slot s * size + j scores entry index[s] * size + j. What is chosen are entries, as without.
+        most: (...) int32 for each row: entries to choose there, 1 to k; k in all of them without.
 
     Raises:
         ValueError: shapes, dtypes or numbers do not fit.
@@ -72,6 +74,8 @@ def top_k(
         raise ValueError(f"{op}: k {k} and page {page} must be positive, sinks {sinks}, recent {recent} not negative")
     rows = tuple(score.shape[:-1])
     check_counts(op, "lengths", lengths, rows[-2:-1] if lengths.dim() == 1 else rows)
+    if most is not None:
+        check_counts(op, "most", most, rows)
     limit = None
     if groups is not None:
         index, count, size = groups
@@ -81,7 +85,7 @@ def top_k(
     elif k * -(-score.shape[-1] // MAX_WIDTH) > MAX_WIDTH:
         limit = f"k {k} is too large for rows of {score.shape[-1]} entries"
     if not choose(op, impl, score, lengths, limit=limit):
-        return Chosen(*reference.top_k(score, k, lengths, page, sinks, recent, groups))
+        return Chosen(*reference.top_k(score, k, lengths, page, sinks, recent, groups, most))
     from mage_kernels.top_k import triton
 
-    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent, *(groups or (None, None, 0))))
+    return Chosen(*triton.top_k(score, k, lengths, page, sinks, recent, *(groups or (None, None, 0)), most))

@@ -14,6 +14,7 @@ def top_k(
     sinks: int,
     recent: int,
     groups: tuple[Tensor, Tensor, int] | None,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mage_kernels.top_k.top_k`."""
     slots = score.shape[-1]
@@ -32,7 +33,8 @@ def top_k(
     rank = is_forced.int() * 2 + is_valid.int()
     by_class = rank.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
     best = by_score.gather(-1, by_class)[..., :k]
-    is_chosen = torch.zeros_like(is_valid).scatter(-1, best, True) & is_valid
+    wanted = torch.arange(best.shape[-1], device=score.device) < (k if most is None else most[..., None])
+    is_chosen = torch.zeros_like(is_valid).scatter(-1, best, wanted.expand_as(best)) & is_valid
     last = torch.iinfo(torch.int64).max
     position = torch.where(is_chosen, entry, last).sort(dim=-1).values[..., :k]
     position = torch.nn.functional.pad(position, (0, max(0, k - slots)), value=last)

@@ -82,6 +82,7 @@ def choose_kernel(
     count,  # [rows]
     worst_chosen,  # [rows]
     best_left,  # [rows]
+    most,  # [rows] entries to choose, at most k; read where HAS_MOST
     k,
     size,
     max_groups,
@@ -93,6 +94,7 @@ def choose_kernel(
     IS_KEY: tl.constexpr,
     GROUP: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    HAS_MOST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -113,17 +115,18 @@ def choose_kernel(
         p_score = score + i_row * size + (o_slot if IS_PACKED else o_n)
         b_key = load_keys(p_score, o_n, m_n, length, page, sinks, recent)
 
-    # The largest threshold that at least k keys reach; 0 where there are fewer.
+    wanted = tl.load(most + i_row) if HAS_MOST else k
+    # The largest threshold that at least as many keys reach as are wanted; 0 where there are fewer.
     threshold = tl.zeros([], tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
         candidate = threshold | bit
         reach = tl.sum((b_key >= candidate).to(tl.int32), 0)
-        threshold = tl.where(reach >= k, candidate, threshold)
+        threshold = tl.where(reach >= wanted, candidate, threshold)
         bit = bit >> 1
     m_above = b_key > threshold
     m_tied = (b_key == threshold) & (b_key > 0)
-    room = k - tl.sum(m_above.to(tl.int32), 0)
+    room = wanted - tl.sum(m_above.to(tl.int32), 0)
     m_chosen = m_above | (m_tied & (tl.cumsum(m_tied.to(tl.int32), 0) <= room))
 
     b_chosen = m_chosen.to(tl.int32)
@@ -153,14 +156,17 @@ def top_k(
     groups: Tensor | None,
     group_count: Tensor | None,
     group: int,
+    most: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mage_kernels.top_k.top_k`."""
     size = score.shape[-1]
     rule = (page, sinks, recent)
     if groups is not None and group_count is not None:
-        return _choose(score, k, lengths, *rule, group=group, groups=(groups, group_count, score), is_packed=True)
+        return _choose(
+            score, k, lengths, *rule, group=group, groups=(groups, group_count, score), is_packed=True, most=most
+        )
     if size <= SINGLE_WIDTH:
-        return _choose(score, k, lengths, *rule)
+        return _choose(score, k, lengths, *rule, most=most)
     # As many groups as candidates, about; both must fit a program.
     group = max(-(-size // MAX_WIDTH), min(MAX_WIDTH // k, round((size / k) ** 0.5)))
     group = triton.next_power_of_2(group)
@@ -171,7 +177,7 @@ def top_k(
         score, lengths, best, size, num_groups, *rule, *_length_of_row(score, lengths), GROUP=group, BLOCK=block
     )
     index, count, _, left = _choose(best, min(k, num_groups), lengths, *rule, is_key=True)
-    return _choose(score, k, lengths, *rule, group=group, groups=(index, count, left))
+    return _choose(score, k, lengths, *rule, group=group, groups=(index, count, left), most=most)
 
 
 @top_k.register_fake
@@ -185,6 +191,7 @@ def _(
     groups: Tensor | None,
     group_count: Tensor | None,
     group: int,
+    most: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(score, k)
 
@@ -221,6 +228,7 @@ def _choose(
     group: int = 0,
     groups: tuple[Tensor, Tensor, Tensor] | None = None,
     is_packed: bool = False,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One launch; groups: their numbers, how many, and the best score among those left out."""
     outputs = _outputs(score, k)
@@ -233,6 +241,7 @@ def _choose(
         among_count,
         among_left,
         *outputs,
+        lengths if most is None else most,
         k,
         score.shape[-1],
         among.shape[-1],
@@ -243,6 +252,7 @@ def _choose(
         IS_KEY=is_key,
         GROUP=group,
         IS_PACKED=is_packed,
+        HAS_MOST=most is not None,
         WIDTH=width,
         BLOCK_K=triton.next_power_of_2(k),
         num_warps=4 if width <= 2048 else 8 if width <= 4096 else 16 if width <= 16384 else 32,

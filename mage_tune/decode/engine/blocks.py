@@ -27,7 +27,6 @@ def check_settings(settings: Settings) -> None:
         "acceptance by entropy": settings.acceptance.name == "entropy",
         "refresh, reselect_at and residual": settings.levers.is_used,
         "follow": settings.rule.follow > 0,
-        "layer_budgets": bool(getattr(settings.rule, "layer_budgets", ())),
         "block_cache": settings.block_cache,
         "a family that shifts tokens and does not seed its blocks": family.token_shift and not family.seed_token,
         "a family without a mask token": family.mask_id is None,

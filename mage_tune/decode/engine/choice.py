@@ -7,6 +7,7 @@ accepted. Scores and choices are those of `decode.rules`; only the way there is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +47,19 @@ class Chooser:
             raise ValueError(f"dense_layers {rule.dense_layers} leave no layer of the model to be sparse")
         if rule.budget % rule.page:
             raise ValueError(f"budget {rule.budget} is not a whole number of {rule.name}'s pages of {rule.page} keys")
-        slots = rule.num_pages(cache.capacity) * rule.page
-        self.kept = KeptKeys(frame.weights, self.first_layer, cache.batch, slots, frame.block_size)
+        self.kept = KeptKeys(frame.weights, self.first_layer, cache.batch, self.slots(), frame.block_size)
         self.pages = 0
         """Pages to keep per head."""
         self.heads = self.kept.counts.shape
         self.group_rows = shape.group * frame.block_size
+
+    def slots(self) -> int:
+        """Keys that a head keeps at most."""
+        return self.rule.num_pages(self.frame.cache.capacity) * self.rule.page
+
+    def keys_kept(self, held: int) -> float:
+        """Mean over the sparse layers of what a row with such a prefix keeps."""
+        return min(held, self.rule.num_pages(held) * self.rule.page)
 
     def plan(self, held: list[int]) -> int:
         """Fix how many pages are kept; returns what a captured graph depends on.
@@ -116,14 +124,34 @@ class _KeepsRows(Chooser):
 class MageChooser(_KeepsRows):
     """Mean probability: tile masses from the exact pass itself, then the keys of the best tiles scored one by one."""
 
+    rule: Mage
     tile: int
 
     def __init__(self, rule: Mage, frame: Frame) -> None:
         super().__init__(rule, frame)
+        rule.keys_by_layer(frame.weights.shape.num_layers, 1)  # refuses layers that there are not
+        self.most = torch.zeros(self.heads, dtype=torch.int32, device=frame.weights.device)
+        """(sparse layers, batch, KV heads) keys to keep, where layers differ."""
         self.tile = best_tile(self.queries[0])
         device, tiles = frame.weights.device, -(-frame.cache.capacity // self.tile)
         self.log_mass = torch.zeros(*self.heads, self.group_rows, device=device)
         self.mass = torch.zeros(*self.heads, tiles, device=device)
+
+    def slots(self) -> int:
+        """As many as the layer that keeps most."""
+        return max(self.rule.budget, *(keys for _, keys in self.rule.layer_budgets), 0)
+
+    def keys_kept(self, held: int) -> float:
+        """Mean over the layers."""
+        return fmean(self.rule.keys_by_layer(self.frame.weights.shape.num_layers, held))
+
+    def plan(self, held: list[int]) -> int:
+        """Fix how many keys each layer of each row keeps."""
+        self.pages = self.slots()
+        if self.rule.layer_budgets:
+            keys = [self.rule.keys_by_layer(self.frame.weights.shape.num_layers, n) for n in held]
+            self.most.copy_(torch.tensor(keys, dtype=torch.int32).clamp_min(1).T[..., None])
+        return self.pages
 
     def observe(self, layer: int, rows: Tensor, attended: Attended) -> None:
         """Tile masses, and the rows' normalisers."""
@@ -149,6 +177,7 @@ class MageChooser(_KeepsRows):
             tile=self.tile,
             sinks=rule.sinks,
             recent=rule.recent,
+            most=self.most if rule.layer_budgets else None,
             impl=frame.impl,
         )
         return Keys(selected.index, selected.count)

@@ -162,6 +162,12 @@ class Engine:
         chosen_at = self.rule.select_at(self.settings.steps or self.block_size)
         return "exact" if step < chosen_at else "score" if step == chosen_at else "sparse"
 
+    def keys_kept(self, prefix_length: int) -> float:
+        """Keys per KV head that a sparse step sees of such a prefix, mean over the sparse layers."""
+        if self.chooser is not None:
+            return self.chooser.keys_kept(prefix_length)
+        return min(prefix_length, self.rule.num_pages(prefix_length) * self.rule.page)
+
     def commit(self, *, may_wait: bool = False) -> None:
         """Write the finished blocks of the active rows into the cache; `seed` then holds their next tokens.
 

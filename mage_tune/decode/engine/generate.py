@@ -173,7 +173,7 @@ class EngineWriter:
             row.forwards["exact"] += taken[row.index] - sparse
             row.forwards["sparse"] += sparse
             row.sparse_blocks += sparse > 0
-            row.keys_kept += sparse * min(prefix, rule.num_pages(prefix) * rule.page)
+            row.keys_kept += sparse * self.engine.keys_kept(prefix)
 
     def _commit(self, going: list[Row]) -> None:
         self.engine.set_active([row.finish is None for row in self.rows])
