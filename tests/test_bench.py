@@ -12,7 +12,6 @@ from mage_tune.bench import run
 from mage_tune.bench.cases import RULES, Case, all_cases
 from mage_tune.bench.checks import Check
 from mage_tune.bench.floor import Ceilings, Load, Roofline
-from mage_tune.bench.profiling import own_times
 from mage_tune.bench.report import draw_plots, print_table, row_label, strongest_exact
 from mage_tune.bench.run import Options, bench
 from mage_tune.cli import main
@@ -26,11 +25,6 @@ TINY = replace(
 COLUMNS = {"model", "context", "batch", "steps", "rule", "exact_kernel", "dense_layers", "budget", "graph", "block_ms"}
 COLUMNS |= {"exact_ms", "sparse_ms", "commit_ms", "select_ms", "floor_ms", "peak_gib"}
 PASSED = (Check("it holds", 0.0, 1.0),)
-
-
-def test_overlapping_kernels_are_not_counted_twice():
-    spans = [(10.0, 14.0, "b"), (0.0, 10.0, "a"), (12.0, 13.0, "c"), (13.5, 20.0, "d"), (25.0, 26.0, "e")]
-    assert own_times(spans) == [("a", 10.0), ("b", 4.0), ("c", 0.0), ("d", 6.0), ("e", 1.0)]
 
 
 # --- floors ---

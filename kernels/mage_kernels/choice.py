@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -71,18 +70,6 @@ def choose(op: str, impl: str, *tensors: Tensor, limit: str | None = None) -> bo
     if impl == "auto":
         _log_once(op, reason)
     return reason is None
-
-
-def overlap(tensor: Tensor) -> dict[str, bool]:
-    """Options of a launch that may begin before the kernel before it has ended, on GPUs that can (see `overlap.py`)."""
-    if _can_overlap(tensor.device.type, tensor.device.index):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
-
-
-@cache
-def _can_overlap(device: str, index: int | None) -> bool:
-    return device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def tensor_core_limit(*tensors: Tensor) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,7 @@ def profile_steps(engine: Engine) -> dict[str, Any]:
 
     Returns:
         steps: for each kind `ms` (undisturbed), `busy_ms` (sum of its kernels, so ms - busy_ms are gaps) and
-            `kernels`, a list of {"name", "ms", "calls"} per step, longest first. Kernels overlap: the time of one is
-            that by which it ends after all kernels that began before it.
+            `kernels`, a list of {"name", "ms", "calls"} per step, longest first.
     """
     device = engine.weights.device
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
@@ -43,25 +41,12 @@ def profile_steps(engine: Engine) -> dict[str, Any]:
 
 
 def _kernels(recorded: profile, device: torch.device) -> list[dict[str, Any]]:
-    """Device time by kernel (time by operation on a CPU), per step."""
+    """Device time by kernel (by operation on a CPU), per step."""
     total: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
-    if device.type == "cuda":
-        events = [e for e in recorded.events() or () if e.device_type.name == "CUDA"]
-        times = own_times((e.time_range.start, e.time_range.end, e.name) for e in events)
-    else:
-        times = [(e.name, e.self_cpu_time_total) for e in recorded.events() or ()]
-    for name, us in times:
-        total[name] += us / 1e3 / REPEATS
-        calls[name] += 1
+    for event in recorded.key_averages():
+        us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        total[event.key] += us / 1e3 / REPEATS
+        calls[event.key] += event.count
     order = sorted((name for name in total if total[name] > 0), key=lambda name: -total[name])
     return [{"name": name[:120], "ms": total[name], "calls": calls[name] / REPEATS} for name in order]
-
-
-def own_times(spans: Iterable[tuple[float, float, str]]) -> list[tuple[str, float]]:
-    """Of spans (begin, end, name) that may overlap: by how much each ends after all that began before it."""
-    times, latest = [], float("-inf")
-    for begin, end, name in sorted(spans):
-        times.append((name, max(0.0, end - max(begin, latest))))
-        latest = max(latest, end)
-    return times

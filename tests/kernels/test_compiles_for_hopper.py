@@ -27,7 +27,7 @@ for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items(
     descriptors = dict.fromkeys(("key", "value"), f"tensordesc<bf16[{block_n}, {dim}],{layout!r}>")
     registers = 240 if groups == 2 else 160
     fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TILE_MASS=bool(mass))
-    fixed |= dict(REGISTERS=registers, OVERLAP=True, num_warps=4)
+    fixed |= dict(REGISTERS=registers, num_warps=4)
     types = pointers | descriptors | dict.fromkeys(fixed, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
@@ -40,9 +40,6 @@ for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items(
 
 SHAPES = {"128-rows": (128, 2, 128, 2, 1), "192-rows": (128, 3, 64, 3, 1)}
 """head_dim, warp groups, tile, stages, whether tiles' masses are kept."""
-STEP = "linear gate_up silu_mul add_norm rope_append attend split merge stretch row fill_block"
-OVERLAPPING = {f"{name}_kernel" for name in STEP.split()}
-"""What a step launches, before the kernel before it has ended."""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +57,6 @@ def compiled(tmp_path_factory) -> Path:
 def test_compiles_for_hopper(shape, compiled):
     ptx = (compiled / f"{shape}.ptx").read_text()
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
-    # The first warps wait for the kernels before; the others begin when these have.
-    assert ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("mbarrier.init"))
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -83,5 +78,3 @@ def test_every_launched_kernel_compiles(tmp_path):
     sources = "".join(path.read_text() for path in Path(mage_kernels.__file__).parent.glob("*/triton.py"))
     defined = set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
     assert compiled == defined
-    # Each of these waits for the kernels before it, or compile_ops would have said so.
-    assert set(re.findall(r"compiled (\w+) \d+ overlaps", done.stdout)) == OVERLAPPING

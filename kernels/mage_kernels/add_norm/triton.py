@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
-from mage_kernels.overlap import start_when_due
-
 
 @triton.jit
 def add_norm_kernel(
@@ -24,14 +21,12 @@ def add_norm_kernel(
     HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Owns one row: adds, writes the sum back, normalises it."""
     i_row = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BLOCK)
     m_col = o_col < HIDDEN
     o_row = i_row * HIDDEN + o_col
-    start_when_due(OVERLAP)
     b_sum = tl.load(residual_ptr + o_row, mask=m_col, other=0.0)  # [BLOCK]
     if PARTS > 0:
         # Rounded to the stream's precision where the unfused code does: the delta, and its sum with the stream.
@@ -63,7 +58,6 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
         HIDDEN=hidden,
         PARTS=0 if delta is None else delta.shape[0],
         BLOCK=block,
-        **overlap(residual),
         num_warps=min(16, max(1, block // 512)),
     )
     return out

@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
 from mage_kernels.online_softmax import LOG2_E
-from mage_kernels.overlap import start_when_due
 
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
@@ -26,12 +24,10 @@ def stretch_kernel(
     exclude,
     num_stretches,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """BLOCK logits of one row."""
     i_part, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_part * BLOCK + tl.arange(0, BLOCK)
-    start_when_due(OVERLAP)
     b_logit = tl.load(logits + i_row * row_stride + o_v, mask=o_v < vocabulary, other=float("-inf")).to(tl.float32)
     top = tl.max(b_logit, 0)
     total = tl.sum(tl.exp2((b_logit - tl.where(top > float("-inf"), top, 0.0)) * LOG2_E), 0)
@@ -46,12 +42,11 @@ def stretch_kernel(
 
 
 @triton.jit
-def row_kernel(floats, tokens, token, probability, num_stretches, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def row_kernel(floats, tokens, token, probability, num_stretches, BLOCK: tl.constexpr):
     """All stretches of one row."""
     i_row = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK)
     m_s = o_s < num_stretches
-    start_when_due(OVERLAP)
     p_float = floats + i_row * 3 * num_stretches + o_s
     b_top = tl.load(p_float, mask=m_s, other=float("-inf"))
     b_total = tl.load(p_float + num_stretches, mask=m_s, other=0.0)
@@ -74,27 +69,12 @@ def confidence(logits: Tensor, exclude: int | None) -> tuple[Tensor, Tensor]:
     floats = torch.empty(rows, 3, stretches, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, stretches, dtype=torch.int32, device=logits.device)
     token, probability = _outputs(logits)
+    excluded = -1 if exclude is None else exclude
     stretch_kernel[(stretches, rows)](
-        logits,
-        floats,
-        tokens,
-        vocabulary,
-        logits.stride(0),
-        -1 if exclude is None else exclude,
-        stretches,
-        BLOCK=block,
-        num_warps=8,
-        **overlap(logits),
+        logits, floats, tokens, vocabulary, logits.stride(0), excluded, stretches, BLOCK=block, num_warps=8
     )
     row_kernel[(rows,)](
-        floats,
-        tokens,
-        token,
-        probability,
-        stretches,
-        BLOCK=triton.next_power_of_2(stretches),
-        num_warps=1,
-        **overlap(logits),
+        floats, tokens, token, probability, stretches, BLOCK=triton.next_power_of_2(stretches), num_warps=1
     )
     return token, probability
 

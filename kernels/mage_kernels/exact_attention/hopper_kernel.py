@@ -24,12 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mage_kernels.choice import overlap
-
 LN_2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)
 """Rows of a warp group: the height of its matrix instruction."""
-START = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; // $0")
 
 
 @gluon.jit
@@ -153,15 +150,12 @@ def hopper_split_kernel(
     STAGES: gl.constexpr,
     TILE_MASS: gl.constexpr,
     REGISTERS: gl.constexpr,
-    OVERLAP: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """ROWS * GROUPS rows of one KV head against one part of its prefix's whole tiles."""
     dtype: gl.constexpr = key.dtype
     i_split, i_bh = gl.program_id(1), gl.program_id(2)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    if OVERLAP:  # see mage_kernels/overlap.py, whose functions are Triton's, not Gluon's
-        gl.inline_asm_elementwise(START, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     tiles = gl.load(lengths + i_b) // BLOCK_N
     per_split = (tiles + num_splits - 1) // num_splits
     start = gl.minimum(i_split * per_split, tiles)
@@ -269,5 +263,4 @@ def launch(
         TILE_MASS=with_tile_mass,
         REGISTERS=240 if groups == 2 else 160,  # with 24 of the copying group, all that a multiprocessor has
         num_warps=4,
-        **overlap(query),
     )

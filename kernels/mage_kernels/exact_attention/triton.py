@@ -18,11 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
 from mage_kernels.exact_attention import hopper
 from mage_kernels.layout import output_shape
 from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile, output_row
-from mage_kernels.overlap import start_when_due
 
 
 @triton.jit
@@ -53,12 +51,10 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     num_splits,
     TILE_MASS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows of one KV head against one part of its prefix's whole tiles."""
     i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    start_when_due(OVERLAP)
     tiles = tl.load(lengths + i_b) // BLOCK_N
     per_split = tl.cdiv(tiles, num_splits)
     start = tl.minimum(i_split * per_split, tiles)
@@ -142,7 +138,6 @@ def merge_kernel(
     OWN_FROM: tl.constexpr,
     TILE_MASS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows and BLOCK_V channels of one KV head: the parts of the prefix, its last keys, the block's own.
 
@@ -156,7 +151,6 @@ def merge_kernel(
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     m_m = o_m < num_rows
     m_first = m_m & (i_v == 0)  # what all programs of these rows know, one of them writes
-    start_when_due(OVERLAP)
     b_q = tl.load(
         query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d, mask=m_m[:, None] & (o_d < D), other=0.0
     )
@@ -370,7 +364,6 @@ def launch(
             BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n,
             TILE_MASS=tile > 0,
-            **overlap(query),
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
         )
@@ -411,7 +404,6 @@ def launch(
         OWN_FROM=own_from,
         TILE_MASS=tile > 0,
         POSITIONS=block,
-        **overlap(query),
         num_warps=4,
         num_stages=2,
     )

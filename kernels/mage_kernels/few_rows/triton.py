@@ -13,9 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
-from mage_kernels.overlap import let_next_start, prefetch, wait
-
 BLOCK_N = 64
 NUM_WARPS = 4
 NUM_STAGES = 4
@@ -23,29 +20,11 @@ FULL_WAVE = 132
 """Multiprocessors of an H100."""
 LONG = 8192
 """Inputs from which parts pay although the programs are more than one wave."""
-PREFETCHED = 4
-"""Tiles of weights, a power of two, that a program asks the L2 for while the kernel before it ends."""
 
 
 @triton.jit
-def product(
-    p_w,
-    p_x,
-    m_x,
-    start,
-    end,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def product(p_w, p_x, m_x, start, end, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_N, BLOCK_M] sums over inputs start to end of the weight rows at p_w and the rows at p_x."""
-    let_next_start(OVERLAP)
-    if OVERLAP and PREFETCHED > 0:
-        o_first = tl.minimum(start + tl.arange(0, PREFETCHED) * BLOCK_K, end - BLOCK_K)
-        prefetch(p_w + o_first[None, :], BLOCK_K * p_w.dtype.element_ty.primitive_bitwidth // 8)
-    wait(OVERLAP)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     o_k = tl.arange(0, BLOCK_K)
     for i_k in range(start, end, BLOCK_K):
@@ -69,8 +48,6 @@ def linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Owns BLOCK_N outputs of all rows, over one part of the inputs."""
     i_n, i_part = tl.program_id(0), tl.program_id(1)
@@ -80,7 +57,7 @@ def linear_kernel(
     m_x = (o_m < num_rows)[None, :]
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
-    b_acc = product(p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, PREFETCHED, OVERLAP)
+    b_acc = product(p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K)
     if HAS_BIAS:  # the first part brings it
         b_bias = tl.load(bias_ptr + o_n, mask=(o_n < N) & (i_part == 0), other=0.0)
         b_acc += b_bias[:, None].to(tl.float32)
@@ -100,8 +77,6 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Owns BLOCK_N / 2 outputs of all rows: one tile of weights holds their gates, then their ups."""
     HALF: tl.constexpr = BLOCK_N // 2
@@ -111,7 +86,7 @@ def gate_up_kernel(
     p_w = weight_ptr + o_n[:, None].to(tl.int64) * K
     p_x = x_ptr + o_m[None, :] * K
     m_x = (o_m < num_rows)[None, :]
-    b_acc = product(p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, PREFETCHED, OVERLAP)
+    b_acc = product(p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K)
     b_gate, b_up = tl.split(tl.permute(tl.reshape(b_acc, [2, HALF, BLOCK_M]), [1, 2, 0]))
     b_out = b_gate * tl.sigmoid(b_gate) * b_up
     o_out = i_n * HALF + tl.arange(0, HALF)
@@ -129,8 +104,6 @@ def best_parts(weight: Tensor) -> int:
 
 def _options(x: Tensor) -> dict[str, int]:
     return {
-        **overlap(x),
-        "PREFETCHED": PREFETCHED,
         "BLOCK_M": 16 if x.shape[0] <= 16 else 32,
         "BLOCK_N": BLOCK_N,
         "BLOCK_K": 128 if x.shape[1] % 128 == 0 else 64,

@@ -8,9 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
-from mage_kernels.overlap import start_when_due
-
 
 @triton.jit
 def fill_block_kernel(
@@ -28,14 +25,12 @@ def fill_block_kernel(
     SHIFT: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Owns one block."""
     i_row = tl.program_id(0)
     o_place = tl.arange(0, BLOCK)
     m_place = o_place < SIZE
     o_draw = i_row * SIZE + tl.maximum(o_place - SHIFT, 0)
-    start_when_due(OVERLAP)
     b_id = tl.load(ids_ptr + i_row * SIZE + o_place, mask=m_place, other=-1)  # [BLOCK]
     b_token = tl.load(token_ptr + o_draw, mask=m_place, other=0)
     b_confidence = tl.load(confidence_ptr + o_draw, mask=m_place, other=0.0)
@@ -95,5 +90,4 @@ def fill_block(
         HAS_THRESHOLD=threshold is not None,
         BLOCK=triton.next_power_of_2(size),
         num_warps=1 if size <= 32 else 4,
-        **overlap(ids),
     )

@@ -8,9 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
-from mage_kernels.overlap import start_when_due
-
 
 @triton.jit
 def load_sum(p, part_stride, mask, PARTS: tl.constexpr, dtype: tl.constexpr):
@@ -45,7 +42,6 @@ def rope_append_kernel(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Owns one head of one token; heads are numbered queries first, then keys, then values."""
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -55,7 +51,6 @@ def rope_append_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     o_head = (i_token * (HEADS + 2 * KV_HEADS) + i_head) * 2 * HALF
     part_stride = num_tokens * (HEADS + 2 * KV_HEADS) * 2 * HALF
-    start_when_due(OVERLAP)
     b_low = load_sum(qkv_ptr + o_head + o_half, part_stride, m_half, PARTS, dtype)  # [BLOCK]
     b_high = load_sum(qkv_ptr + o_head + HALF + o_half, part_stride, m_half, PARTS, dtype)
     s_slot = tl.load(slots_ptr + i_batch).to(tl.int64) + i_place
@@ -133,5 +128,4 @@ def rope_append(
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
-        **overlap(qkv),
     )

@@ -8,19 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
-from mage_kernels.overlap import start_when_due
-
 BLOCK = 1024
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Owns BLOCK columns of one row."""
     i_row, i_col = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_col = i_col * BLOCK + tl.arange(0, BLOCK)
     m_col = o_col < SIZE
-    start_when_due(OVERLAP)
     b_gate = tl.load(gate_up_ptr + i_row * 2 * SIZE + o_col, mask=m_col, other=0.0)  # [BLOCK]
     b_up = tl.load(gate_up_ptr + i_row * 2 * SIZE + SIZE + o_col, mask=m_col, other=0.0)
     b_wide = b_gate.to(tl.float32)
@@ -33,5 +29,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `mage_kernels.silu_mul.silu_mul`."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    silu_mul_kernel[(rows, triton.cdiv(size, BLOCK))](gate_up, out, SIZE=size, BLOCK=BLOCK, num_warps=4, **overlap(out))
+    silu_mul_kernel[(rows, triton.cdiv(size, BLOCK))](gate_up, out, SIZE=size, BLOCK=BLOCK, num_warps=4)
     return out

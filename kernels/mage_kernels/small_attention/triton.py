@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_kernels.choice import overlap
 from mage_kernels.layout import output_shape
 from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile, output_row
-from mage_kernels.overlap import let_next_start, prefetch, wait
 
 
 @triton.jit
@@ -57,21 +55,10 @@ def attend_kernel(
     OWN,
     GATHER: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SHARE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """BLOCK_M rows of one KV head."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    p_k = key + i_b * k_batch + i_h * k_head
-    p_v = value + i_b * v_batch + i_h * v_head
-    let_next_start(OVERLAP)
-    if OVERLAP and not GATHER:  # the programs of a KV head share its keys, and the asking for them
-        o_share = tl.minimum(i_m * SHARE + tl.arange(0, SHARE), k + OWN - 1)
-        BYTES: tl.constexpr = D * key.dtype.element_ty.primitive_bitwidth // 128 * 16
-        prefetch(p_k + o_share * k_row, BYTES)
-        prefetch(p_v + o_share * v_row, BYTES)
-    wait(OVERLAP)
     num_keys = tl.load(count + i_bh)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -81,6 +68,8 @@ def attend_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
+    p_k = key + i_b * k_batch + i_h * k_head
+    p_v = value + i_b * v_batch + i_h * v_head
     p_own_k = own_key + i_b * ok_batch + i_h * ok_head
     p_own_v = own_value + i_b * ov_batch + i_h * ov_head
     total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
@@ -137,10 +126,7 @@ def launch(
     """Attention over the front keys (listed, or the first ones) and the block's own, under a plan."""
     batch, heads, num_rows, head_dim = query.shape
     out, log_mass = outputs(query, block)
-    own = own_key.shape[-2]
-    front = key.shape[-2] - own if index is None else index.shape[-1]
-    programs = triton.cdiv(num_rows, plan.block_m)
-    attend_kernel[(programs, batch * heads)](
+    attend_kernel[(triton.cdiv(num_rows, plan.block_m), batch * heads)](
         query,
         key,
         value,
@@ -152,7 +138,7 @@ def launch(
         log_mass,
         scale * LOG2_E.value,
         num_rows,
-        front,
+        0 if index is None else index.shape[-1],
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -163,11 +149,9 @@ def launch(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        OWN=own,
+        OWN=own_key.shape[-2],
         GATHER=index is not None,
         POSITIONS=block,
-        SHARE=triton.next_power_of_2(max(1, triton.cdiv(front + own, programs))),
-        **overlap(query),
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
