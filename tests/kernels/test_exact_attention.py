@@ -114,6 +114,24 @@ def test_three_warp_groups_only_where_they_waste_less():
     assert choose_tiles(2, 192, 0) == (128, 128, 2) and choose_tiles(32, 224, 64) == (128, 64, 3)
 
 
+def test_short_prefixes_of_few_rows_take_small_tiles(monkeypatch):
+    from mage_kernels.exact_attention import hopper, triton
+
+    monkeypatch.setattr(hopper, "why_not", lambda *_: None)
+    monkeypatch.setattr(triton, "num_slots", lambda _: 132)
+    monkeypatch.setattr(triton, "MIN_PART", 512)  # what the fixture above made small
+
+    def plan(batch, heads, rows, slots, tile=0):
+        query, key = (torch.zeros(1).expand(batch, heads, size, 128) for size in (rows, slots))
+        return tuple(triton.make_plan(query, key, key, tile))
+
+    long = (128, 128, 16, 4, 2, True)
+    assert plan(1, 8, 128, 8192) == plan(1, 8, 128, 8192 + 32) == (128, 64, 8, 4, 3, True)
+    assert plan(8, 8, 128, 8192) == (128, 64, 2, 4, 3, True)
+    assert plan(1, 8, 128, 8192, tile=128) == plan(1, 8, 128, 32768) == long
+    assert plan(1, 4, 224, 8192) == long and plan(1, 2, 128, 8192)[1] == 128
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
