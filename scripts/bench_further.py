@@ -10,7 +10,8 @@ derived from them: times layers, nothing else of the engine is run. Four changes
     fp8             the same with the tile masses from an e4m3 copy of the keys, their scales folded into the queries
     fused commit    exact attention of twice the rows, and matrix products of twice the tokens, instead of two passes of
                     each. Twice the rows run without the mask that hides the next block from the finished one, and with
-                    the scores of all rows where those of half would do
+                    the scores of all rows where those of half would do. Models of these shapes seed their blocks, and
+                    families that do cannot have it: the next block's first token is what the commit predicts
     large budget    no dense layers and more keys in every sparse step, instead of two dense layers
 """
 

@@ -4,14 +4,17 @@
         results/further_h100.json --seconds 120
     python scripts/study_further.py --table results/further_h100.json     # the Markdown tables of docs/performance.md
 
-Four changes, none of them part of the decoder (the last one's speed, and the others', is scripts/bench_further.py):
+Four changes, none of them part of the decoder; scripts/bench_further.py has their speed, and the decode engine the last
+one, in SDAR alone:
 
     large budget    0 dense layers and more keys, instead of 2 dense layers
     fp8             the first step is exact, but keys are scored from an e4m3 copy of them, scaled by channel or head
     keys-only       the first step is sparse too: layer by layer its all-[MASK] queries score every cached key, the best
                     ones are chosen, and it attends to those alone; later layers' queries come from sparse outputs. With
                     fp8, or with the block-average query in place of all of them, as options
-    fused commit    the finished block and the next block's [MASK]s in one forward. It computes the same: only checked
+    fused commit    the finished block and the next block's [MASK]s in one forward. It computes the same: only checked.
+                    Families that seed their blocks (Fast-dLLM v2, converted models) cannot have it: the first token of
+                    the next block is what the commit predicts
 
 Windows, blocks, reveals and seeds are those of `mage-tune eval` (evals/probes.py): cross-entropy of the still masked
 tokens at later steps of a block, which see the keys chosen at its all-[MASK] step. Every arm gets every window.

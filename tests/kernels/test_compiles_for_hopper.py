@@ -38,7 +38,7 @@ for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items(
 """
 
 
-SHAPES = {"128-rows": (128, 2, 128, 2, 1), "192-rows": (128, 3, 64, 3, 1)}
+SHAPES = {"128-rows": (128, 2, 128, 2, 1), "192-rows": (128, 3, 64, 3, 1), "short": (128, 2, 64, 3, 0)}
 """head_dim, warp groups, tile, stages, whether tiles' masses are kept."""
 
 
