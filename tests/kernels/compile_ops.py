@@ -80,7 +80,8 @@ def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: to
         out = exact_attention(query, key, key, lengths, scale, own_key=own, own_value=own, tile=tile, **given)
         if tile:
             mass = tile_mass(out.tile_log_mass, out.log_mass, lengths, tile, **given)
-            select_keys(query, key, out.log_mass, mass, lengths, scale, KEYS, tile=tile, **given)
+            for most in (None, count):
+                select_keys(query, key, out.log_mass, mass, lengths, scale, KEYS, tile=tile, most=most, **given)
     exact_attention(query, key, key, lengths, scale, block=BLOCK, **given)
     both = torch.cat([query, query], dim=2)  # a finished block and the next one
     exact_attention(both, key, key, lengths, scale, own_key=own, own_value=own, own_from=rows, tile=64, **given)
