@@ -428,7 +428,13 @@ def train(arm: Trained, seed: int) -> tuple[Path, float]:
 
 
 def run(arms: Sequence[Trained], results: Results, console: Console, commit: str | None) -> None:
-    """Every (arm, seed) that the results file has not got."""
+    """Every (arm, seed) that the results file has not got.
+
+    Raises:
+        ValueError: the arm of measured budgets is asked for before they were.
+    """
+    if any(arm.name == BUDGETED for arm in arms) and not measured_budgets("base"):
+        raise ValueError(f"{BUDGETED!r} needs {LAYER_BUDGETS}: python scripts/layer_budgets.py ... --name base")
     model = str(load_recipe(RECIPE).model.path)
     given = {
         "recipe": str(RECIPE),
@@ -445,8 +451,6 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
         results.save()
     base = units(results.content["base"])
     for arm in arms:
-        if arm.name == BUDGETED and not measured_budgets("base"):
-            raise ValueError(f"{arm.name!r} needs {LAYER_BUDGETS}: python scripts/layer_budgets.py ... --name base")
         for seed in arm.seeds:
             if results.has(arm.name, seed):
                 continue
