@@ -58,6 +58,9 @@ def alignment_table(file: str = "objectives.json") -> str:
             gaps = (interval(model["gap"][context][k]) for model in (base, tuned))
             shown = f"CE gap of sparse to exact attention, k = {k}, {int(context) // 1024}K tokens ↓"
             lines.append(f"| {shown} | {' | '.join(gaps)} |")
+    spread = (interval(model["levers"]["measured layer budgets"]["gap"]) for model in (base, tuned))
+    shown = "CE gap, k = 128 on average, keys per layer as `mage-tune budgets` measures, 2K tokens ↓"
+    lines.append(f"| {shown} | {' | '.join(spread)} |")
     for k in ("128", "512"):
         recalls = (f"{model['recall_text'][k]:.3f}" for model in (base, tuned))
         lines.append(f"| recall@{k} of the later steps' keys ↑ | {' | '.join(recalls)} |")
@@ -85,13 +88,6 @@ def study_tables(file: str = "objectives.json") -> str:
     from study_objectives import markdown  # needs torch
 
     return markdown(json.loads((ROOT / "results" / file).read_text())).rstrip("\n")
-
-
-def weights_table(file: str = "objectives.json") -> str:
-    """What more alignment buys and costs."""
-    from study_objectives import weights_table as table
-
-    return table(json.loads((ROOT / "results" / file).read_text()))
 
 
 def rules_table(file: str = "selection_rules.json") -> str:
@@ -308,7 +304,6 @@ def performance_table(name: str) -> Callable[[], str]:
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment_table,
     "study": study_tables,
-    "weights": weights_table,
     "rules": rules_table,
     "all rules": all_rules_table,
     "ruler": ruler_table,

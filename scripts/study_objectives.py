@@ -93,10 +93,12 @@ def measured_budgets(name: str) -> dict[int, int]:
 
 OFF = {
     f"{Q}.weight": 0.0,
+    f"{Q}.symmetric": False,
     f"{A}.weight": 0.0,
     f"{A}.power": 1.0,
     f"{S}.weight": 0.0,
     f"{S}.kl_weight": 1.0,
+    f"{S}.teacher": "adapters_off",
     f"{S}.share": 1.0,
     f"{S}.layer_budgets": {},
     "train.rows": 8,
@@ -133,7 +135,7 @@ ARMS = (
     Trained("query, squared", QUERY | {f"{Q}.distance": "squared"}, "relative squared error: lengths count too"),
     Trained("query, per head", QUERY | {f"{Q}.average": "head"}, "every query head keeps its own direction"),
     Trained("query, before rotary", QUERY | {f"{Q}.rotary": "before"}, "content without position"),
-    Trained("query, symmetric", QUERY | {f"{Q}.symmetric": True}, "the later steps may move as well"),
+    Trained("query, symmetric", QUERY | {f"{Q}.symmetric": True}, "the later steps may move as well", (0, 1)),
     Trained("attention", ATTENTION, "KL of mean attention, 8 sampled blocks a row", (0, 1)),
     Trained("attention, all blocks", ATTENTION | {f"{A}.blocks": 64, "train.rows": 2, "train.accumulation": 8}, "all"),
     Trained("attention, reversed", ATTENTION | {f"{A}.direction": "mask_to_later"}, "mode-seeking KL"),
@@ -164,6 +166,20 @@ ARMS = (
     Trained("everything, weight 8", ALL | {f"{A}.weight": 8.0}, "four times the attention alignment", (0, 1)),
     Trained("everything, weight 25", ALL | {f"{A}.weight": 25.0}, "twelve times: how much recall there is to buy"),
     Trained("everything, weight 60", ALL | {f"{A}.weight": 60.0}, "thirty times"),
+    Trained(
+        "everything, symmetric", ALL | {f"{Q}.symmetric": True}, "the later steps move towards the first too", (0, 1)
+    ),
+    Trained(
+        "everything, symmetric, weight 20",
+        ALL | {f"{Q}.symmetric": True, f"{Q}.weight": 20.0},
+        "four times the query alignment",
+    ),
+    Trained(
+        "everything, symmetric, KL to itself",
+        ALL | {f"{Q}.symmetric": True, f"{S}.kl_weight": 1.0, f"{S}.teacher": "adapters_on"},
+        "the student also follows the model's own exact step",
+        (0, 1),
+    ),
     Trained("everything, and KL", ALL | {f"{S}.kl_weight": 1.0}, "the student also follows the exact untuned model"),
     Trained(
         BUDGETED,
@@ -602,58 +618,73 @@ def levers_table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def weights_table(content: dict[str, Any]) -> str:
-    """What more alignment buys and costs, a short training at each pair of weights."""
-    shown = {
-        f"CE, keys chosen at all-[MASK], k = {KEYS}": f"ce mage {KEYS}",
-        f"recall@{KEYS}": f"recall mage {KEYS}",
-        "CE, exact": "ce exact",
-        "answers CE": "answers",
-    }
-    lines = [f"| attention weight | query weight | {' | '.join(shown)} |", "|---:|---:|" + "---:|" * len(shown)]
-    for found in content["weights"]["rows"]:
-        changes = " | ".join(f"{found[name]:+.3f}" for name in shown.values())
-        lines.append(f"| {found['attention_alignment']} | {found['query_alignment']} | {changes} |")
-    return "\n".join(lines)
-
-
 def plot(content: dict[str, Any], path: Path) -> None:
-    """`draw`, light and dark."""
-    in_both_styles(lambda target: draw(content, target), path)
+    """`draw_gap` to a path and `draw_arms` to NAME-arms beside it, light and dark."""
+    in_both_styles(lambda target: draw_gap(content, target), path)
+    in_both_styles(lambda target: draw_arms(content, target), path.with_name(f"{path.stem}-arms{path.suffix}"))
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
-    """Gap against k before and after, at every context; arms of equal tokens beside it."""
+def draw_gap(content: dict[str, Any], path: Path) -> None:
+    """Gap against k before and after, a panel per context, and what measured layer budgets make of it."""
     import matplotlib.pyplot as plt
 
-    zero = {"color": plt.rcParams["text.color"], "linewidth": 0.8}
-    done = {arm["name"]: arm for arm in content["arms"] if arm["seed"] == 0}
-    after = done.get(FINAL)
-    models = [("untuned", content["base"])] + ([("tuned", after)] if after else [])
-    longer = [n for n, a in done.items() if n == FINAL or "train.steps" in a["changes"]]
-    equal = sorted((a for n, a in done.items() if n not in longer), key=lambda arm: change_of(arm)["mean"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(len(equal), 9)), layout="constrained")
-    for (label, model), color in zip(models, ("#7a7a7a", "#1f6feb"), strict=False):
-        for context, style in zip(model["gap"], ("-", "--", ":"), strict=False):
+    after = next((arm for arm in content["arms"] if arm["name"] == FINAL), None)
+    models = [("untuned", "#7a7a7a", content["base"])] + ([("tuned", "#1f6feb", after)] if after else [])
+    contexts = list(content["base"]["gap"])
+    figure, panels = plt.subplots(1, len(contexts), figsize=(10, 3.6), sharey=True, layout="constrained")
+    for panel, context in zip(np.atleast_1d(panels), contexts, strict=True):
+        for label, color, model in models:
             gaps = model["gap"][context]
-            means = [gaps[k]["mean"] for k in gaps]
-            shown = f"{label}, {int(context) // 1024}K" if int(context) >= 1024 else f"{label}, {context}"
-            left.plot([int(k) for k in gaps], means, style, color=color, marker="o", markersize=3, label=shown)
-    left.set_xscale("log", base=2)
-    left.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
-    left.axhline(0, **zero)
-    left.set(
-        xlabel="keys kept, k", ylabel="CE gap, nats", title="Chosen at the all-[MASK] step,\nagainst exact and untuned"
-    )
-    left.legend(frameon=False, fontsize=8)
-    for place, arm in enumerate(equal):
-        change = change_of(arm)
-        error = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
-        right.errorbar(change["mean"], place, xerr=error, fmt="o", color="#1f6feb", markersize=4, capsize=2)
-    right.axvline(0, **zero)
-    right.set_yticks(range(len(equal)), [arm["name"] for arm in equal])
-    right.invert_yaxis()
-    right.set(xlabel=f"change of CE at k = {KEYS}, nats", title=f"Objectives after {STEPS} steps (95 % intervals)")
+            low, high = ([gap[end] for gap in gaps.values()] for end in ("low", "high"))
+            panel.fill_between([int(k) for k in gaps], low, high, color=color, alpha=0.15, linewidth=0)
+            panel.plot([int(k) for k in gaps], [gap["mean"] for gap in gaps.values()], "o-", color=color, label=label)
+            if (gap := budgeted_gap(content, model, context)) is not None:
+                panel.plot(KEYS, gap, "*", color=color, markersize=13, label=f"{label}, keys per layer measured")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
+        panel.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8)
+        panel.set(title=f"{context} tokens of context", xlabel="keys kept per layer, k")
+    panel = np.atleast_1d(panels)[0]
+    panel.set_ylabel("CE gap to exact and untuned, nats")
+    panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def budgeted_gap(content: dict[str, Any], model: dict[str, Any], context: str) -> float | None:
+    """The gap of a model under its own measured layer budgets, where that was measured."""
+    best = content.get("best_with_levers", {})
+    if model["name"] == FINAL and best.get("levers") == [MEASURED]:
+        return float(best["gap"][context][str(KEYS)]["mean"])
+    found = model.get("levers", {}).get(MEASURED) if int(context) == MAIN else None
+    return None if found is None else float(found["gap"]["mean"])
+
+
+def draw_arms(content: dict[str, Any], path: Path) -> None:
+    """What arms of equal tokens change: the loss behind the kept keys, recall, and exact attention's loss."""
+    import matplotlib.pyplot as plt
+
+    shown = {
+        f"{MAIN} ce mage {KEYS}": f"CE, keys chosen at\nall-[MASK], k = {KEYS}, nats",
+        f"{MAIN} recall mage {KEYS}": f"recall@{KEYS}",
+        f"{MAIN} ce exact": "CE with exact\nattention, nats",
+    }
+    done = [a for a in content["arms"] if a["seed"] == 0 and a["name"] != FINAL and "train.steps" not in a["changes"]]
+    equal = sorted(done, key=lambda arm: arm["against_base"][next(iter(shown))]["mean"])
+    size = (10, 1.2 + 0.24 * max(len(equal), 9))
+    figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, layout="constrained")
+    for panel, (metric, label) in zip(panels, shown.items(), strict=True):
+        changes = [arm["against_base"][metric] for arm in equal]
+        mean, low, high = (np.array([change[key] for change in changes]) for key in ("mean", "low", "high"))
+        error = np.stack([mean - low, high - mean])
+        panel.errorbar(mean, range(len(equal)), xerr=error, fmt="o", color="#1f6feb", markersize=4, capsize=2)
+        panel.axvline(0, color=plt.rcParams["text.color"], linewidth=0.8)
+        panel.set(xlabel=f"change of {label}")
+        panel.locator_params(axis="x", nbins=5)
+        panel.grid(axis="y", alpha=0.2)
+    panels[0].set_yticks(range(len(equal)), [arm["name"] for arm in equal])
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Objectives after {STEPS} steps, 95 % intervals over windows")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -661,12 +692,6 @@ def draw(content: dict[str, Any], path: Path) -> None:
 def gap_at(arm: dict[str, Any]) -> dict[str, float]:
     """The gap that arms are judged by."""
     found: dict[str, float] = arm["gap"][str(MAIN)][str(KEYS)]
-    return found
-
-
-def change_of(arm: dict[str, Any]) -> dict[str, float]:
-    """What training did to the cross-entropy behind the kept keys, paired by window."""
-    found: dict[str, float] = arm["against_base"][f"{MAIN} ce mage {KEYS}"]
     return found
 
 

@@ -186,3 +186,10 @@ def test_the_winner_must_not_harm_exact_attention():
     assert script.gap_of([arm("a", 0.1, 0.02)]) is None
     assert script.gap_of([arm("a", 0.1, 0.005), arm("a", 0.3, -0.2)]) == pytest.approx(0.2)
     assert script.gap_of([]) is None
+
+
+def test_plots_show_the_gap_and_the_arms(tmp_path):
+    assert script.main(["--plot", str(tmp_path / "gap.png"), "--out", str(ROOT / "results/objectives.json")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gap-arms-dark.png", "gap-arms.png", "gap-dark.png", "gap.png"
+    ]  # fmt: skip
