@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from mage_tune.bench import run
-from mage_tune.bench.cases import RULES, Case, all_cases
+from mage_tune.bench.cases import RULES, Case, all_cases, uneven_mage
 from mage_tune.bench.checks import Check
 from mage_tune.bench.floor import Ceilings, Load, Roofline
 from mage_tune.bench.report import draw_plots, print_table, row_label, strongest_exact
@@ -58,12 +58,19 @@ def test_dense_layers_and_page_bounds_cost_what_they_read():
 # --- cases ---
 
 
+def test_uneven_layers_keep_as_many_keys_in_all():
+    rule = uneven_mage(512, 2)
+    keys = rule.keys_by_layer(30, 4096)
+    assert len(set(keys)) > 5
+    assert sum(keys) == 28 * 512
+
+
 def test_what_matters_comes_first():
     cases = all_cases(["7B", "1.5B"], [8192, 131072], [1, 4, 8], [8, 32], list(RULES), 512)
     assert len(cases) == len(set(cases))
     first = cases[: len(cases) // 4]
     assert {(case.context, case.steps) for case in first[:20]} == {(131072, 32)}
-    assert {case.rule for case in cases[:15]} == set(RULES)
+    assert {case.rule for case in cases[:16]} == set(RULES)
     assert {case.exact_kernel for case in cases[:4]} == {"ours", "flashinfer-auto", "flashinfer-fa2", "sdpa"}
     mage = [case for case in cases if case.rule == "mage" and case.group == ("7B", 8, 131072)]
     assert {(case.steps, case.dense_layers, case.is_graph, case.fuses) for case in mage} == {

@@ -14,6 +14,20 @@ from mage_tune.families import Family
 
 EXACT_KERNELS = ("ours", "flashinfer-auto", "flashinfer-fa2", "sdpa")
 
+UNEVEN = (
+    *(0.5, 0.5, 0.5, 2.0, 0.25, 1.0, 5.0, 0.75, 0.25, 0.25, 0.5, 0.25, 2.0, 1.5),
+    *(0.25, 2.0, 3.0, 0.25, 2.0, 0.5, 0.25, 1.5, 1.5, 0.25, 0.25, 0.25, 0.5, 0.25),
+)
+"""Keys of 28 layers as shares of the budget, one layer on average: as measured on the converted SmolLM2 before tuning
+(results/layer_budgets.json)."""
+
+
+def uneven_mage(budget: int, dense_layers: int) -> Mage:
+    """MAGE whose layers keep different numbers of keys, `budget` on average over its first 28 sparse layers."""
+    layers = enumerate(UNEVEN, start=dense_layers)
+    keys = tuple((layer, max(1, round(share * budget))) for layer, share in layers)
+    return Mage(budget=budget, dense_layers=dense_layers, layer_budgets=keys)
+
 
 @dataclass(frozen=True)
 class RuleForm:
@@ -27,6 +41,7 @@ class RuleForm:
 RULES: dict[str, RuleForm] = {
     "exact": RuleForm(lambda budget, dense: Exact()),
     "mage": RuleForm(lambda budget, dense: Mage(budget=budget, dense_layers=dense)),
+    "mage-uneven": RuleForm(uneven_mage),
     "quest": RuleForm(lambda budget, dense: Quest(budget=budget, dense_layers=dense), "rows"),
     "quest-gemm": RuleForm(lambda budget, dense: Quest(budget=budget, dense_layers=dense), "matrix"),
     "quest-mean": RuleForm(lambda budget, dense: Quest(budget=budget, dense_layers=dense), "mean"),
@@ -35,7 +50,8 @@ RULES: dict[str, RuleForm] = {
     "tidal": RuleForm(lambda budget, dense: Tidal(budget=budget, dense_layers=dense)),
     "sparse-dllm": RuleForm(lambda budget, dense: SparseDLLM(budget=budget, dense_layers=dense)),
 }
-"""quest scores as published, row by row; quest-gemm by matrix products; quest-mean by the mean row (ours).
+"""mage-uneven: what other numbers of keys in every layer cost, as many in all.
+quest scores as published, row by row; quest-gemm by matrix products; quest-mean by the mean row (ours).
 sparsed: 20 % of the steps dense, 30 % of the tiles kept; sparsed-budget keeps as many keys as the others."""
 
 OWN_DENSE_LAYERS = {"quest": 2, "quest-gemm": 2, "quest-mean": 2, "tidal": 2}
