@@ -31,6 +31,9 @@ app.add_typer(recipes_app, name="recipes")
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe; may be repeated.")
 ]
+LayerBudgets = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keys of each layer, as mage-tune budgets measured them.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.")]
 
@@ -180,6 +183,41 @@ def evaluate(
 
 
 @app.command()
+def budgets(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, checkpoint folder or Hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter of a model.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Training text, as a recipe names it; a run's own by default.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Keys per KV head and layer, on average.", min=4)] = 128,
+    dense_layers: Annotated[int, typer.Option(help="First layers that stay exact.", min=0)] = 2,
+    context: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 24,
+    blocks: Annotated[int, typer.Option(help="Blocks of a window that are probed.", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Times that all layers are measured.", min=1)] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; layer_budgets.json in the run folder by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Spend the keys where they count: measure how many each layer should keep, as many in all."""
+    from mage_tune.evals.layer_budgets import Settings, run
+
+    settings = Settings(budget, dense_layers, context, windows, blocks, rounds)
+    found = run(target, settings, adapter=adapter, text=text, out=out, force=force)
+    typer.echo(f"written to {found}; decode with --attention mage --layer-budgets {found}")
+
+
+def check_layer_budgets(path: Path | None) -> None:
+    """Refuse a file that decoding would refuse, before minutes of loading."""
+    if path is not None:
+        from mage_tune.decode.layer_budgets import read_layer_budgets
+
+        read_layer_budgets(path)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
@@ -192,6 +230,7 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Most denoising steps per block.", min=1)] = None,
     attention: Annotated[str, typer.Option(help="Who picks the keys of later steps: exact, mage, ...")] = "exact",
     budget: Annotated[int | None, typer.Option(help="Keys kept per KV head by a sparse rule.", min=1)] = None,
+    layer_budgets: LayerBudgets = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="By the decode engine: kernels and CUDA graphs.")] = False,
     debug: Debug = False,
@@ -200,6 +239,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("empty prompt; say something")
+    check_layer_budgets(layer_budgets)
     from mage_tune.lm import load
 
     lm = load(model, adapter=adapter, family=family, block_size=block_size, mask_id=mask_id)
@@ -213,6 +253,7 @@ def generate(
         steps=steps,
         attention=attention,
         budget=budget,
+        layer_budgets=layer_budgets,
         fast=fast,
     )
     typer.echo(out.text)
@@ -233,9 +274,11 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     attention: Annotated[str, typer.Option(help="Who picks the keys of later steps: exact, mage, ...")] = "exact",
     budget: Annotated[int | None, typer.Option(help="Keys kept per KV head by a sparse rule.", min=1)] = None,
+    layer_budgets: LayerBudgets = None,
     debug: Debug = False,
 ) -> None:
     """Talk to a model, its blocks shown while they are denoised; /help inside."""
+    check_layer_budgets(layer_budgets)
     from mage_tune.decode.chat import chat as run
     from mage_tune.lm import load
 
@@ -245,6 +288,7 @@ def chat(
         system=system,
         attention=attention,
         budget=budget,
+        layer_budgets=layer_budgets,
         max_new_tokens=max_new_tokens,
         threshold=threshold,
         temperature=temperature,

@@ -281,7 +281,7 @@ class SparseDistillation(Section):
     weight: Weight = Field(0.0, description="Weight of this term in the loss: cross-entropy + kl_weight * KL.")
     budget: int | None = Field(None, ge=1, description="Keys kept per KV head; required when the weight is not 0.")
     layer_budgets: dict[Layer, Count] = Field(
-        {}, description="Layer -> keys kept there instead of `budget`; scripts/layer_budgets.py finds good ones."
+        {}, description="Layer -> keys kept there instead of `budget`; mage-tune budgets finds good ones."
     )
     kl_weight: Weight = Field(1.0, description="Weight of the KL divergence beside the cross-entropy.")
     direction: Literal["teacher_to_student", "student_to_teacher"] = Field(

@@ -5,7 +5,7 @@
     python scripts/study_objectives.py                             # all of them
     python scripts/study_objectives.py --levers                    # inference-side levers, on base and recipe
     python scripts/study_objectives.py --best-lever                # the best of the recipe's on everything
-    python scripts/layer_budgets.py ... --name base                # first, for the arm and levers of measured budgets
+    mage-tune budgets ... --out results/layer_budgets/base.json    # first, for the arm and levers of measured budgets
     python scripts/study_objectives.py --shard 0/2                 # every second arm, for one of two GPUs
     python scripts/study_objectives.py --join a.json b.json        # files of several machines into one
     python scripts/study_objectives.py --table                     # the Markdown tables of docs/objectives.md
@@ -46,6 +46,7 @@ from mage_tune.data.collate import Collator
 from mage_tune.data.example import Example
 from mage_tune.data.text import load_ids
 from mage_tune.decode.cache import PrefixCache
+from mage_tune.decode.layer_budgets import read_layer_budgets
 from mage_tune.decode.steps import Levers
 from mage_tune.environment import environment
 from mage_tune.evals.run import cut_windows
@@ -58,7 +59,8 @@ from mage_tune.stream_loss import StreamLoss
 
 RECIPE = Path("recipes/smollm2-135m.yaml")
 RESULTS = Path("results/objectives.json")
-LAYER_BUDGETS = Path("results/layer_budgets.json")
+LAYER_BUDGETS = Path("results/layer_budgets")
+"""A file of `mage-tune budgets` for each model, by the name of its arm."""
 CHAT = Path("recipes/data/smollm2-chat/heldout.jsonl")
 STEPS = 40
 """Optimizer steps of every arm: 1.3M tokens of data, at 16 rows of 2048."""
@@ -86,9 +88,14 @@ Q, A, S = "objective.query_alignment", "objective.attention_alignment", "objecti
 
 
 def measured_budgets(name: str) -> dict[int, int]:
-    """Keys of every layer that scripts/layer_budgets.py chose for a model of that name; empty before it did."""
-    found = json.loads(LAYER_BUDGETS.read_text()) if LAYER_BUDGETS.is_file() else {}
-    return {int(layer): keys for layer, keys in found.get(name, {}).get("budgets", {}).items()}
+    """Keys of every layer that `mage-tune budgets` chose for a model of that name; empty before it did."""
+    path = LAYER_BUDGETS / f"{plain(name)}.json"
+    return read_layer_budgets(path).budgets if path.is_file() else {}
+
+
+def plain(name: str) -> str:
+    """An arm's name as a file's."""
+    return name.replace(" ", "-").replace(",", "")
 
 
 OFF = {
@@ -422,7 +429,7 @@ def gap_of(seeds: Sequence[dict[str, Any]]) -> float | None:
 
 def folder_of(name: str, seed: int) -> Path:
     """Where an arm is trained."""
-    return Path("runs/study") / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    return Path("runs/study") / f"{plain(name)}-{seed}"
 
 
 def train(arm: Trained, seed: int) -> tuple[Path, float]:
@@ -450,7 +457,9 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
         ValueError: the arm of measured budgets is asked for before they were.
     """
     if any(arm.name == BUDGETED for arm in arms) and not measured_budgets("base"):
-        raise ValueError(f"{BUDGETED!r} needs {LAYER_BUDGETS}: python scripts/layer_budgets.py ... --name base")
+        raise ValueError(
+            f"{BUDGETED!r} needs the untuned model's: mage-tune budgets ... --out {LAYER_BUDGETS}/base.json"
+        )
     model = str(load_recipe(RECIPE).model.path)
     given = {
         "recipe": str(RECIPE),

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from mage_tune.decode.cache import PrefixCache
+from mage_tune.decode.layer_budgets import rule_options as budget_options
 from mage_tune.decode.prompts import check_prompts, read_prompts
 from mage_tune.decode.result import Generation, Progress, RowResult
 from mage_tune.decode.rules import Rule, make_rule
@@ -50,6 +52,7 @@ def generate(
     sinks: int | None = None,
     recent: int | None = None,
     rule_options: Mapping[str, Any] | None = None,
+    layer_budgets: Mapping[int, int] | str | Path | None = None,
     refresh: Literal["draft", "union"] | None = None,
     reselect_at: int | Sequence[int] = (),
     residual: bool = False,
@@ -79,6 +82,8 @@ def generate(
             with acceptance="static"); by default at least one.
         attention: a selection rule by name, or a `Rule`; "exact" sees every key at every step.
         budget, dense_layers, sinks, recent, rule_options: options of a rule given by name (`decode.rules`).
+        layer_budgets: keys of each layer under "mage": layer -> keys, or a file of `mage-tune budgets`, which brings
+            budget and dense_layers with it; with another `budget` its numbers are scaled.
         refresh, reselect_at, residual: see `decode.steps.Levers`.
         sub_block: tokens accepted left to right in groups of this size; the family's by default, block size for none.
         block_cache: inside a block recompute only the sub-block in work, once its first token is known (Fast-dLLM v2's
@@ -98,6 +103,7 @@ def generate(
     family = lm.family
     prompts, is_batch = read_prompts(lm, prompt)
     options = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent, **(rule_options or {})}
+    options |= budget_options(layer_budgets, attention, budget, dense_layers)
     settings = Settings(
         family=family,
         rule=make_rule(attention, **options),

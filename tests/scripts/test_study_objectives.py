@@ -47,7 +47,7 @@ def study(tmp_path, monkeypatch, tiny_backbone, converted_checkpoint):
     sizes = {
         "RECIPE": Path("recipe.yaml"),
         "CHAT": Path("chat.jsonl"),
-        "LAYER_BUDGETS": Path("layer_budgets.json"),
+        "LAYER_BUDGETS": Path("layer_budgets"),
         "STEPS": 2,
         "BUDGETS": (8, 16),
         "MAIN": 768,
@@ -136,7 +136,9 @@ def test_files_of_two_machines_become_one(study, in_this_process, capsys):
         )
         assert measured["levers"]["oracle"]["recall"]["mean"] == 1.0
     assert joined["best_with_levers"]["levers"] == ["mage"]  # the only one here that adds no exact step
-    Path("layer_budgets.json").write_text(json.dumps({"query": {"budgets": {"2": 24}}}))
+    script.LAYER_BUDGETS.mkdir()
+    found = {"budget": 16, "dense_layers": 2, "budgets": {"2": 24}}
+    (script.LAYER_BUDGETS / "query.json").write_text(json.dumps(found))
     assert script.main(["--levers", "query", "--out", "all.json"]) == 0
     assert set(json.loads(Path("all.json").read_text())["arms"][0]["levers"]) == {"mage", script.MEASURED, "oracle"}
     assert script.main(["--join", "all.json", "--out", "a.json"]) == 0
@@ -153,15 +155,15 @@ def test_files_of_two_machines_become_one(study, in_this_process, capsys):
 
 
 def test_the_arm_of_measured_budgets_needs_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "LAYER_BUDGETS", tmp_path / "none.json")
+    monkeypatch.setattr(script, "LAYER_BUDGETS", tmp_path / "none")
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"base": {"units": {}}}))
     assert script.main(["--only", script.BUDGETED, "--out", str(out)]) == 2
-    assert "scripts/layer_budgets.py" in capsys.readouterr().err
+    assert "mage-tune budgets" in capsys.readouterr().err
 
 
 def test_levers_without_a_tuned_model_are_one_line(tmp_path, capsys):
-    assert script.main(["--levers", "--out", str(tmp_path / "none.json")]) == 2
+    assert script.main(["--levers", "--out", str(tmp_path / "none")]) == 2
     assert "levers need the arm 'recipe'" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from mage_tune.blocks import round_up
 from mage_tune.decode.engine.engine import Engine
 from mage_tune.decode.engine.weights import weights_of
+from mage_tune.decode.layer_budgets import rule_options as budget_options
 from mage_tune.decode.prompts import check_prompts, read_prompts
 from mage_tune.decode.result import Generation
 from mage_tune.decode.rules import Rule, make_rule
@@ -65,6 +67,7 @@ def generate(
     sinks: int | None = None,
     recent: int | None = None,
     rule_options: Mapping[str, Any] | None = None,
+    layer_budgets: Mapping[int, int] | str | Path | None = None,
     exact_kernel: str = "ours",
     quest_form: str = "matrix",
     use_graphs: bool | None = None,
@@ -75,7 +78,8 @@ def generate(
     Args:
         lm: the model, its tokenizer and its family. Its weights are copied, an adapter merged into the copy.
         prompt: as for `decode.generate.generate`.
-        attention, budget, dense_layers, sinks, recent, rule_options: the selection rule, as there.
+        attention, budget, dense_layers, sinks, recent, rule_options, layer_budgets: the selection rule, as
+            there.
         exact_kernel, quest_form, use_graphs: see `engine.Engine`.
         options: see `engine_settings`.
 
@@ -86,8 +90,9 @@ def generate(
     if unknown:
         raise ValueError(f"the decode engine has no option {sorted(unknown)[0]!r}; the plain decoder may (fast=False)")
     prompts, is_batch = read_prompts(lm, prompt)
-    of_rule = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent}
-    rule = make_rule(attention, **of_rule, **(rule_options or {}))
+    of_rule: dict[str, Any] = {"budget": budget, "dense_layers": dense_layers, "sinks": sinks, "recent": recent}
+    of_rule |= dict(rule_options or {}) | budget_options(layer_budgets, attention, budget, dense_layers)
+    rule = make_rule(attention, **of_rule)
     settings = engine_settings(lm.family, rule, **options)
     check_prompts(lm, prompts, settings)
     rows = [Row(i, ids, len(ids) + settings.max_new_tokens, settings.row_seed(i)) for i, ids in enumerate(prompts)]
