@@ -92,6 +92,7 @@ def make_card(run: Run, base: Base, repo_id: str, recipe_yaml: str, merge_report
         tables=[markdown_table(section) for section in sections(run.results)] if run.results else [],
         plots=[p.name for p in sorted((run.folder / "eval").glob("*.png")) if not p.stem.endswith("-dark")],
         merge=merge_report,
+        layer_budgets=run.layer_budgets,
         sha256=hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest(),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))

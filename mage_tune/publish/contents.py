@@ -16,6 +16,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from mage_tune.decode.layer_budgets import FILE as LAYER_BUDGETS
+from mage_tune.decode.layer_budgets import read_layer_budgets
 from mage_tune.recipe import Recipe, load_recipe, resolved_yaml
 
 CONFIG, WEIGHTS, FAMILY = "adapter_config.json", "adapter_model.safetensors", "mage_tune.json"
@@ -58,6 +60,8 @@ class Run:
     """Lines of metrics.jsonl."""
     results: dict[str, Any] | None
     """eval/results.json, or None when the run was never evaluated."""
+    layer_budgets: dict[str, Any] | None
+    """layer_budgets.json, or None when they were not measured."""
 
 
 def read_run(folder: Path) -> Run:
@@ -75,6 +79,9 @@ def read_run(folder: Path) -> Run:
     if recipe.model.random_weights is not None:
         raise ValueError(f"{folder}: this run trained random weights; there is no base model to publish it for")
     metrics, results = folder / "metrics.jsonl", folder / "eval" / "results.json"
+    budgets = folder / LAYER_BUDGETS
+    if budgets.is_file():
+        read_layer_budgets(budgets)  # nothing goes up that decoding would refuse
     return Run(
         folder=folder,
         recipe=recipe,
@@ -83,6 +90,7 @@ def read_run(folder: Path) -> Run:
         versions=read_json(folder / "versions.json"),
         training=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
         results=read_json(results) if results.is_file() else None,
+        layer_budgets=read_json(budgets) if budgets.is_file() else None,
     )
 
 
@@ -186,6 +194,8 @@ def collect(run: Run, base_id: str, merged: Path | None) -> dict[str, Content]:
     files |= {name: home / name for name in TOKENIZER if (home / name).is_file()}
     files["recipe.yaml"] = resolved_yaml(published_recipe(run.recipe, base_id)).encode()
     files |= {name: run.folder / name for name in RECORDS if (run.folder / name).is_file()}
+    if run.layer_budgets is not None:
+        files[LAYER_BUDGETS] = to_json(without_paths(run.layer_budgets))
     if run.results is not None:
         for file in sorted((run.folder / "eval").glob("*.json")):
             found = read_json(file)

@@ -205,6 +205,23 @@ def test_an_unevaluated_run_needs_a_flag_and_its_card_says_so(hub, client, uneva
     assert card.data.eval_results is None
 
 
+def test_measured_keys_per_layer_go_along_and_the_card_says_how_to_use_them(client, unevaluated, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unevaluated, run)
+    asked = arguments(run, "--without-eval", "--dry-run")
+    published, budgets = run / "publish", run / "layer_budgets.json"
+    assert client.run(*asked).code == 0
+    assert "layer_budgets.json" not in (published / "README.md").read_text()
+    found = {"budget": 16, "dense_layers": 1, "budgets": {"1": 24}, "text": "/home/me/text.npy"}
+    budgets.write_text(json.dumps(found))
+    assert client.run(*asked).code == 0
+    assert json.loads((published / "layer_budgets.json").read_text()) == found | {"text": "text.npy"}
+    assert f'hf_hub_download("{REPO}", "layer_budgets.json")' in (published / "README.md").read_text()
+    budgets.write_text(json.dumps(found | {"budget": 0}))
+    done = client.run(*asked)
+    assert done.code == 2 and "layer_budgets.json: budget" in done.err
+
+
 # --- it comes back ---------------------------------------------------------------------------------------------------
 
 BACK = """
