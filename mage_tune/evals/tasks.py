@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+from mage_tune.decode.layer_budgets import rule_options
 from mage_tune.decode.rules import RULES, Rule, make_rule
 from mage_tune.decode.steps import Levers
 from mage_tune.lm import BlockDiffusionLM
@@ -40,7 +42,7 @@ class Arm:
         rule: a selection rule of `decode.rules`; "exact" sees every key.
         budget: keys kept per KV head; None for exact.
         options: the rule's other options (sinks, recent, ...) and the levers refresh, reselect_at and residual, as
-            (name, value) pairs.
+            (name, value) pairs; layer_budgets may be a file of `mage-tune budgets`.
         dense_layers: first layers that stay exact, the same for all arms of a suite and so not in an arm's name; an
             option of that name comes before it.
 
@@ -65,7 +67,8 @@ class Arm:
         """The kind of attention alone: "exact", "mage 128", "mage 128 recent=16"; what both sides are paired by."""
         words = [self.rule] if self.budget is None else [self.rule, str(self.budget)]
         usual = {f.name: f.default for f in fields(RULES[self.rule])}
-        return " ".join(words + [f"{name}={value}" for name, value in self.options if usual.get(name) != value])
+        shown = {name: Path(value).name if is_file(name, value) else value for name, value in self.options}
+        return " ".join(words + [f"{name}={value}" for name, value in shown.items() if usual.get(name) != value])
 
     @property
     def name(self) -> str:
@@ -80,9 +83,12 @@ class Arm:
     def attention(self) -> Rule:
         """The selection rule, for `lm.generate(attention=...)`."""
         levers = {f.name for f in fields(Levers)}
-        chosen = {"dense_layers": self.dense_layers}
+        chosen: dict[str, Any] = {"budget": self.budget, "dense_layers": self.dense_layers}
         chosen |= {name: value for name, value in self.options if name not in levers}
-        return make_rule(self.rule, budget=self.budget, **chosen)
+        for name, value in self.options:
+            if is_file(name, value):
+                chosen |= rule_options(value, self.rule, self.budget, chosen["dense_layers"])
+        return make_rule(self.rule, **chosen)
 
     @property
     def levers(self) -> Levers:
@@ -94,6 +100,11 @@ class Arm:
     def generate_options(self) -> dict[str, Any]:
         """Keyword arguments of `lm.generate` that make it read as this arm does."""
         return {"attention": self.attention(), **self.levers.settings()}
+
+
+def is_file(option: str, value: Any) -> bool:
+    """Whether an option of an arm names a file of layer budgets."""
+    return option == "layer_budgets" and isinstance(value, str)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,22 @@ def test_the_verb_on_a_run_folder(base, tmp_path, run_cli):
     assert again.returncode == 2 and "--force measures again" in again.stderr
 
 
+def test_an_evaluation_takes_a_file(base, measured, tmp_path, run_cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    suite = "dense_layers: 1\nrules:\n  - {rule: mage, budgets: [8]}\n"
+    suite += f"  - {{rule: mage, budgets: [8], options: {{layer_budgets: {measured}}}}}\n"
+    suite += "tasks:\n  - {kind: rules, context: 256, documents: 2, blocks: 2}\n"
+    Path("s.yaml").write_text(suite + f"text: {base / 'train.npy'}\n")
+    assert run_cli("eval", str(base / "base"), "--suite", "s.yaml").returncode == 0
+    (results,) = tmp_path.glob("runs/**/results.json")
+    found = json.loads(results.read_text())["arms"]["base"]
+    equal, uneven = (found[f"rules.ce@mage 8{more}"]["mean"] for more in ("", " layer_budgets=measured.json"))
+    assert uneven < equal  # on the windows it was measured on
+    Path("s.yaml").write_text(suite.replace("dense_layers: 1", "dense_layers: 0") + f"text: {base / 'train.npy'}\n")
+    done = run_cli("eval", str(base / "base"), "--suite", "s.yaml")
+    assert done.returncode == 2 and "'rules[1]'" in done.stderr and "1 dense layers, not 0" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
