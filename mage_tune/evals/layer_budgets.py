@@ -188,12 +188,12 @@ def measure(lm: BlockDiffusionLM, windows: Sequence[np.ndarray], settings: Setti
     rule = Mage(budget=settings.budget, dense_layers=settings.dense_layers)
     layers = range(rule.dense_layers, causal_lm(lm.model).config.num_hidden_layers)
     sets, changes = [dict.fromkeys(layers, settings.budget)], []
-    with progress(len(windows) * (settings.rounds + 1)) as bar:
-        bar.say("looking")
-        probes = []
-        for number, window in enumerate(windows):
-            probes.append(Probe.of(open_window(lm, window, number, settings.blocks, SEED), rule))
-            bar()
+    with progress(settings.rounds * len(windows) * len(settings.levels())) as bar:
+        bar.say("reading the windows")
+        probes = [
+            Probe.of(open_window(lm, window, number, settings.blocks, SEED), rule)
+            for number, window in enumerate(windows)
+        ]
         for number in range(settings.rounds):
             bar.say(f"round {number + 1} of {settings.rounds}")
             changes.append(sweep(probes, sets[-1], settings.levels(), bar))
@@ -210,16 +210,19 @@ def measure(lm: BlockDiffusionLM, windows: Sequence[np.ndarray], settings: Setti
 
 
 def sweep(
-    probes: Sequence[Probe], found: Budgets, levels: Sequence[int], on_window: Callable[[], None] = lambda: None
+    probes: Sequence[Probe], found: Budgets, levels: Sequence[int], on_level: Callable[[], None] = lambda: None
 ) -> dict[int, dict[int, float]]:
-    """Level -> layer -> what happens to the cross-entropy when this layer alone keeps so many keys, nats."""
+    """Level -> layer -> what happens to the cross-entropy when this layer alone keeps so many keys, nats.
+
+    `on_level` is called after each level of each window, for progress.
+    """
     changes: dict[int, np.ndarray] = {level: np.zeros(len(found)) for level in levels}
     for probe in probes:
         at = probe.choose(found)
         (ce,) = probe.losses([at])
         for level, change in changes.items():
             change += (probe.losses(one_by_one(at, probe.choose(dict.fromkeys(found, level)))) - ce) / len(probes)
-        on_window()
+            on_level()
     return {level: dict(zip(found, change.tolist(), strict=True)) for level, change in changes.items()}
 
 
