@@ -58,7 +58,9 @@ def alignment_table(file: str = "objectives.json") -> str:
             gaps = (interval(model["gap"][context][k]) for model in (base, tuned))
             shown = f"CE gap of sparse to exact attention, k = {k}, {int(context) // 1024}K tokens ↓"
             lines.append(f"| {shown} | {' | '.join(gaps)} |")
-    spread = (interval(model["levers"]["measured layer budgets"]["gap"]) for model in (base, tuned))
+    best = content["best_with_levers"]
+    assert best["levers"] == ["measured layer budgets"]
+    spread = (interval(gap) for gap in (base["levers"][best["levers"][0]]["gap"], best["gap"]["2048"]["128"]))
     shown = "CE gap, k = 128 on average, keys per layer as `mage-tune budgets` measures, 2K tokens ↓"
     lines.append(f"| {shown} | {' | '.join(spread)} |")
     for k in ("128", "512"):

@@ -228,8 +228,8 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
         block_n, num_warps, num_stages = tile or 64, 8 if block_m >= 128 else 4, 3 if head_dim <= 128 else 2
     min_part = MIN_PART
     if is_hopper and not tile and num_rows <= 128 and batch * heads >= 8 and key.shape[-2] <= SHORT:
-        # 1 % faster than the tiles of long prefixes for SDAR-8B at 8K, batch 1, and 5 % at batch 8 (docs/performance.md);
-        # longer prefixes and passes that keep tile masses were not measured.
+        # 1 % faster than the tiles of long prefixes for SDAR-8B at 8K, batch 1, and 5 % at batch 8
+        # (docs/performance.md); longer prefixes and passes that keep tile masses were not measured.
         block_n, num_stages, min_part = 64, 3, 2 * MIN_PART
     columns = batch * heads * triton.cdiv(num_rows, block_m)
     num_splits = choose_splits(columns, key.shape[-2] // min_part, num_slots(query))
