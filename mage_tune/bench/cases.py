@@ -19,7 +19,7 @@ UNEVEN = (
     *(0.25, 2.0, 3.0, 0.25, 2.0, 0.5, 0.25, 1.5, 1.5, 0.25, 0.25, 0.25, 0.5, 0.25),
 )
 """Keys of 28 layers as shares of the budget, one layer on average: as measured on the converted SmolLM2 before tuning
-(results/layer_budgets.json)."""
+(results/layer_budgets/base.json)."""
 
 
 def uneven_mage(budget: int, dense_layers: int) -> Mage:

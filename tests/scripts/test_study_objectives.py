@@ -163,7 +163,7 @@ def test_the_arm_of_measured_budgets_needs_them(tmp_path, capsys, monkeypatch):
 
 
 def test_levers_without_a_tuned_model_are_one_line(tmp_path, capsys):
-    assert script.main(["--levers", "--out", str(tmp_path / "none")]) == 2
+    assert script.main(["--levers", "--out", str(tmp_path / "none.json")]) == 2
     assert "levers need the arm 'recipe'" in capsys.readouterr().err
 
 
