@@ -46,6 +46,7 @@ from mage_tune.environment import environment  # noqa: E402
 
 BYTES_PER_MS, FLOPS_PER_MS = 3.0e9, 790e9
 BLOCK, BUDGET, PAGE, VOCABULARY = 32, 512, 16, 152064
+WARM_UP_SECONDS, REPEATS = 0.05, 20
 Call = Callable[[], Any]
 
 
@@ -213,32 +214,35 @@ def captured(calls: list[Call]) -> Iterator[torch.cuda.CUDAGraph]:
     graph.reset()
 
 
-def launched_ms(calls: list[Call], repeats: int = 15) -> float:
-    """The same without a graph: launches show."""
+def median_ms(work: Callable[[], object]) -> float:
+    """Median milliseconds of `work`, at clocks it has itself brought up.
+
+    A card that idled while inputs were made runs the next milliseconds slower: the first kernel of a case would pay.
+    """
+    started = time.monotonic()
+    while time.monotonic() - started < WARM_UP_SECONDS:
+        work()
+        torch.cuda.synchronize()
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for call in calls:
-            call()
+        work()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times[2:])
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
-def graph_ms(calls: list[Call], repeats: int = 15) -> float:
-    """Median milliseconds of one call when a graph of all of them is replayed."""
+def launched_ms(calls: list[Call]) -> float:
+    """Milliseconds of one call, launched each time: launches show."""
+    return median_ms(lambda: [call() for call in calls]) / len(calls)
+
+
+def graph_ms(calls: list[Call]) -> float:
+    """Milliseconds of one call when a graph of all of them is replayed."""
     with captured(calls) as graph:
-        times = []
-        for _ in range(repeats + 2):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times[2:])
+        return median_ms(graph.replay) / len(calls)
 
 
 def measure_attention(shape: Shape, context: int, batch: int) -> Iterator[Row]:

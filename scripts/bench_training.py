@@ -265,6 +265,7 @@ def describe(case: Case, recipe: Recipe, trainer: MageTrainer, timer: StepTimer)
         "stream_names": estimate.stream_names,
         "tokens_per_step": tokens,
         "terms": [name for name in TERMS if getattr(recipe.objective, name).weight > 0],
+        "kl_weight": recipe.objective.sparse_distillation.kl_weight,
         "adapter": f"LoRA rank {recipe.adapter.rank}, {len(estimate._targets)} linear layers",
         "quantised": None if recipe.model.quantise == "none" else recipe.model.quantise,
         "kernels": settings.kernels,

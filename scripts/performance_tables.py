@@ -84,9 +84,11 @@ def attention() -> str:
         cells += [f"{found.of_floor(corner):.2f}", f"{found.scores(corner):+.1%}", *peers, f"{ratio:.2f}"]
         rows.append([name_of(corner), *cells])
     head = ["", "floor", "ours", "x floor", "scores add", *PEERS, "best peer / ours"]
+    later = {(corner[:2], found.rows[*corner, "mage"].get("commit")) for corner in CORNERS}
+    remeasured = ", ".join(f"{shape} {n // 1024}K: {commit}" for (shape, n), commit in sorted(later, key=str) if commit)
     return (
         f"{markdown(head, rows)}\n\nOne layer, bf16, milliseconds, medians of CUDA-graph replays; "
-        f"{made_with(found.record)}, commit {found.record['commit']}."
+        f"{made_with(found.record)}, commit {found.record['commit']}; {remeasured}."
     )
 
 
@@ -146,7 +148,8 @@ class Blocks:
         keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
         wanted = (model, batch, rule, kernel, dense, context, steps, graph)
         rows = [row for row in self.record["rows"] if tuple(row[key] for key in keys) == wanted]
-        rows = [row for row in rows if row.get("fused", False) == fused]  # rows of earlier commits do not say
+        # Rows of earlier commits do not say whether they fused; threshold decoding may end after as many steps.
+        rows = [row for row in rows if row.get("fused", False) == fused and row["acceptance"] == "static"]
         assert len(rows) <= 1, wanted
         return rows[0] if rows else None
 
@@ -214,9 +217,12 @@ def steps() -> str:
     """Fewer steps and shorter contexts: mage against our own exact kernel and the packed flash SDPA."""
     found, rows = Blocks(), []
     for model, batch, context, count in (
+        ("7B", 8, LONG, 16),
+        ("7B", 8, LONG, 8),
+        ("1.5B", 8, LONG, 16),
+        ("1.5B", 8, LONG, 8),
         ("7B", 1, LONG, 16),
         ("7B", 1, LONG, 8),
-        ("1.5B", 8, LONG, 8),
         ("7B", 1, 8192, STEPS),
         ("1.5B", 1, 8192, STEPS),
     ):
@@ -232,10 +238,31 @@ def steps() -> str:
     return markdown(head, rows)
 
 
+def variants() -> str:
+    """MAGE's blocks with something changed, beside those without."""
+    found = Blocks()
+    pairs = []
+    for model, batch in CASES:
+        uneven = found.find(model, batch, "mage-uneven")
+        if uneven:
+            what = f"{name_of((model, LONG, batch))}, S = {STEPS}: uneven keys per layer"
+            pairs.append((what, found.row(model, batch, "mage"), uneven))
+    for count in (STEPS, 8):
+        plain, fused = (found.row("SDAR-8B", 1, "mage", steps=count, fused=fused) for fused in (False, True))
+        what = f"{name_of(('SDAR-8B', LONG, 1))}, S = {count}: commit fused with the next first step"
+        pairs.append((what, plain, fused))
+    rows = []
+    for what, plain, changed in pairs:
+        blocks, choices = ([f"{row[key]:.{n}f}" for row in (plain, changed)]
+                           for key, n in (("block_ms", 1), ("select_ms", 2)))  # fmt: skip
+        rows.append([what, *blocks, f"{changed['block_ms'] / plain['block_ms'] - 1:+.1%}", *choices, changed["commit"]])
+    return markdown(["ms per block", "MAGE", "changed", "", "its choice", "changed", "commit"], rows)
+
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "products by cuBLAS": ("nvjet", "void cublasLt"),
     "gate and up with SiLU, few_rows": ("gate_up_kernel",),
-    "output, down, head, few_rows": ("linear_kernel",),
+    "other products, few_rows": ("linear_kernel",),
     "attention": ("attend_kernel", "hopper_split_kernel", "merge_kernel", "split_kernel"),
     "norms and sums of parts": ("add_norm_kernel",),
     "rope and append": ("rope_append_kernel",),
@@ -249,7 +276,9 @@ def profile() -> str:
     found = read("profile_h100.json")["steps"]
     columns = [
         ("7B b=1 exact (3c09c66)", "7B-131072-b1-mage", "exact"),
+        ("**7B b=1 exact (0a45180)**", "7B-131072-b1-mage-0a45180", "exact"),
         ("7B b=1 sparse (3c09c66)", "7B-131072-b1-mage", "sparse"),
+        ("**7B b=1 sparse (0a45180)**", "7B-131072-b1-mage-0a45180", "sparse"),
         ("7B b=8 sparse (3c09c66)", "7B-131072-b8-mage", "sparse"),
         ("1.5B b=8 sparse (3c09c66)", "1.5B-131072-b8-mage", "sparse"),
         ("1.5B b=1 sparse (3c09c66)", "1.5B-131072-b1-mage", "sparse"),
@@ -369,6 +398,7 @@ TABLES = {
     "predictions": predictions,
     "blocks": blocks,
     "steps": steps,
+    "variants": variants,
     "profile": profile,
     "bars": bars,
     "further": further,
