@@ -144,23 +144,25 @@ def attention_alignment_sum(
     later_first: bool = True,
     top_k: int | None = None,
     power: float = 1.0,
+    symmetric: bool = False,
     floor: float = 1e-8,
 ) -> Tensor:
     """KL between the block's mean attention over the prefix at a later step and at the all-[MASK] step.
 
     Args:
         at_mask, later: (batch, KV heads, blocks, N) probabilities over the prefix, zero outside it; `later` is the
-            target, no gradient.
+            target.
         is_counted: (batch, blocks) bool; a counted block has a prefix.
         later_first: KL(later || all-mask): all-[MASK] attention must cover every key that matters later. Else reversed.
         top_k: compare on the keys of highest probability at the later step alone, both sides renormalised there.
         power: compare distributions proportional to probability ** power: below 1, keys of little mass count for more.
+        symmetric: gradient flows to the target too; else only to `at_mask`.
         floor: added inside the logarithms, so that keys outside the prefix count for nothing.
 
     Returns:
         Scalar: sum over counted blocks of the mean over KV heads, in nats.
     """
-    later = later.detach()
+    later = later if symmetric else later.detach()
     if top_k is not None:
         best = later.topk(min(top_k, later.shape[-1]), dim=-1).indices
         later, at_mask = _sharpened(later.gather(-1, best), power), _sharpened(at_mask.gather(-1, best), power)

@@ -272,6 +272,7 @@ class AttentionAlignment(Section):
     power: float = Field(
         1.0, gt=0, le=1, description="Compare probabilities raised to this power: below 1, rare keys count for more."
     )
+    symmetric: bool = Field(False, description="Also draw the later step's attention to that of the all-[MASK] step.")
     skip_layers: int = Field(2, ge=0, description="First layers left out, as they stay dense in decoding.")
 
 

@@ -125,6 +125,7 @@ class StreamLoss:
                             later_first=later_first,
                             top_k=attention.top_k,
                             power=attention.power,
+                            symmetric=attention.symmetric,
                         )
                         for later, counted in zip(view.later_rows, batch["is_sampled"], strict=True)
                     ]

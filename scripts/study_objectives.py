@@ -103,6 +103,7 @@ OFF = {
     f"{Q}.symmetric": False,
     f"{A}.weight": 0.0,
     f"{A}.power": 1.0,
+    f"{A}.symmetric": False,
     f"{S}.weight": 0.0,
     f"{S}.kl_weight": 1.0,
     f"{S}.teacher": "adapters_off",
@@ -148,6 +149,16 @@ ARMS = (
     Trained("attention, reversed", ATTENTION | {f"{A}.direction": "mask_to_later"}, "mode-seeking KL"),
     Trained("attention, top 128", ATTENTION | {f"{A}.top_k": 128}, "only the keys the later step would choose"),
     Trained("attention, power 0.5", ATTENTION | {f"{A}.power": 0.5}, "keys of little mass count for more"),
+    Trained(
+        "attention, symmetric",
+        ATTENTION | {f"{A}.power": 0.5, f"{A}.symmetric": True},
+        "the later steps may move as well",
+    ),
+    Trained(
+        "query + attention, symmetric",
+        BOTH | {f"{A}.power": 0.5, f"{A}.symmetric": True, f"{Q}.symmetric": True},
+        "both alignments, and the later steps may move",
+    ),
     Trained("query + attention", BOTH, "both alignments", (0, 1)),
     Trained("sparse CE", SPARSE | {f"{S}.kl_weight": 0.0}, "training under sparsity with plain cross-entropy", (0, 1)),
     Trained(

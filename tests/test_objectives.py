@@ -287,6 +287,31 @@ def test_attention_alignment_equals_a_slow_transcription(rng, later_first):
     assert target.grad is None
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("later_first", [True, False])
+def test_symmetric_attention_alignment_moves_both_sides_to_the_same_value(rng, later_first, power):
+    at_mask, later = probabilities(rng, 2, BATCH, HEADS, BLOCKS, KEYS)
+    counted = rng.random((BATCH, BLOCKS)) < 0.6
+
+    def slow(x: np.ndarray, y: np.ndarray) -> float:
+        if power != 1.0:
+            x, y = (side.clip(min=0) ** power for side in (x, y))
+            x, y = (side / side.sum(-1, keepdims=True) for side in (x, y))
+        return slow_attention_alignment(*((y, x) if later_first else (x, y)), counted, 1e-3)
+
+    ours, target = tensor(at_mask, grad=True), tensor(later, grad=True)
+    same = {"later_first": later_first, "power": power, "floor": 1e-3}
+    loss = attention_alignment_sum(ours, target, torch.from_numpy(counted), symmetric=True, **same)
+    assert loss.item() == pytest.approx(slow(at_mask, later), rel=1e-4)
+    loss.backward()
+    for side, values, numerical in (
+        (ours, at_mask, numerical_gradient(lambda x: slow(x, later), at_mask, 1e-7)),
+        (target, later, numerical_gradient(lambda x: slow(at_mask, x), later, 1e-7)),
+    ):
+        steady = values > 1e-3  # a power below 1 is steep beside 0
+        np.testing.assert_allclose(side.grad.numpy()[steady], numerical[steady], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(("top_k", "power"), [(3, 1.0), (3, 0.5), (None, 0.5), (99, 1.0)])
 def test_attention_alignment_on_the_top_keys_and_sharpened(rng, top_k, power):
     at_mask, later = probabilities(rng, 2, BATCH, HEADS, BLOCKS, KEYS)

@@ -128,6 +128,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "objective.attention_alignment.direction": ("mask_to_later",),
     "objective.attention_alignment.top_k": ("8",),
     "objective.attention_alignment.power": ("0.5",),
+    "objective.attention_alignment.symmetric": ("true",),
     "objective.attention_alignment.skip_layers": ("0",),
     "objective.sparse_distillation.weight": ("0.0",),
     "objective.sparse_distillation.budget": ("8",),

@@ -247,7 +247,7 @@ class Estimate:
         total = 0.0
         if alignment.weight > 0:
             seen = max(layers - alignment.skip_layers, 1)
-            total += seen * 4 * self._alignment_pairs()  # the all-mask probabilities, float32
+            total += seen * 4 * self._alignment_pairs() * (1 + alignment.symmetric)  # probabilities, float32
         if sparse.weight > 0:
             seen = max(layers - sparse.dense_layers, 1)
             total += seen * self._sparse_bytes()
