@@ -73,8 +73,9 @@ LAUNCH_S, LAUNCH_PER_TERM = 0.0075, 1 / 6
 """Seconds the host needs per layer and micro-step, and what each auxiliary term adds to it; fitted likewise."""
 OVERLAP = 3
 """Power of the mean that host and device take together: the host is ahead in long kernels and late in short ones."""
-ALIGNMENT_PASSES, SCORING_PASSES = 22, 11
-"""Times that attention alignment (on either side) and sparse scoring read or write a float32 score, counted."""
+ALIGNMENT_PASSES, SCORING_PASSES, KL_PASSES = 22, 11, 46
+"""Times that attention alignment (on either side) and sparse scoring read or write a float32 score, and the KL to a
+teacher a float32 logit; counted."""
 CUT_PASSES = {"alignment": 10, "sparse": 20}
 """Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
@@ -279,11 +280,12 @@ class Estimate:
         shape, size = self.shape, self.compute_bytes
         sparse = self.recipe.objective.sparse_distillation
         logits = min(CHUNK, max(self._predictions(), 1.0)) * shape.vocab_size
+        student = min(CHUNK, max(self._masked_share() * self.rows * self.row.sparse_length, 1.0)) * shape.vocab_size
         # log-softmax, its gradient's input and output in float32; KL holds both sides, their ratio and product
         yield "cross-entropy of a chunk", 12 * logits
         if sparse.weight > 0:
             if sparse.kl_weight > 0:
-                yield "KL of a chunk", 20 * logits
+                yield "KL of a chunk", 20 * student
             keys = self.row.length * SCORED_BLOCKS * self.row.block_size
             yield "sparse scoring", self.rows * shape.num_heads * keys * (8 + size)
         # in the feed-forward: gradients by way of weight and adapter, and their sum; the residual's on either side.
@@ -294,10 +296,14 @@ class Estimate:
 
     def _predictions(self) -> float:
         """Rows projected to logits in a micro-step, about: the masked share of the noisy streams."""
-        noise = self.family.noise
-        share = noise.all_mask_share + (1 - noise.all_mask_share) * (noise.low + noise.high) / 2
+        share = self._masked_share()
         noisy = 1.0 if self.row.noisy == 2 else share * self.row.noisy
         return self.rows * (self.row.length * noisy + self.row.sparse_length * share)
+
+    def _masked_share(self) -> float:
+        """Of a noisy stream's tokens, on average."""
+        noise = self.family.noise
+        return noise.all_mask_share + (1 - noise.all_mask_share) * (noise.low + noise.high) / 2
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -422,6 +428,10 @@ class Estimate:
             pairs = self.rows * shape.num_heads * self.row.length * self.row.sparse_length
             moved = layers * pairs * 4 * SCORING_PASSES
             yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
+            if sparse.kl_weight > 0:
+                rows = steps * self.rows * self._masked_share() * self.row.sparse_length
+                moved = rows * shape.vocab_size * 4 * KL_PASSES
+                yield Item("KL to the teacher", moved / bandwidth, f"{moved / 1e12:.1f} TB of logits, two sides")
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
                 flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length
                 yield Item("teacher", steps * flop / rate, f"{steps * flop / 1e12:.0f} TFLOP, forward of two streams")
