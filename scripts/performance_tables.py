@@ -85,10 +85,10 @@ def attention() -> str:
         rows.append([name_of(corner), *cells])
     head = ["", "floor", "ours", "x floor", "scores add", *PEERS, "best peer / ours"]
     later = {(corner[:2], found.rows[*corner, "mage"].get("commit")) for corner in CORNERS}
-    remeasured = ", ".join(f"{shape} {n // 1024}K: {commit}" for (shape, n), commit in sorted(later, key=str) if commit)
+    remeasured = "".join(f"; {shape} {n // 1024}K: {commit}" for (shape, n), commit in sorted(later, key=str) if commit)
     return (
         f"{markdown(head, rows)}\n\nOne layer, bf16, milliseconds, medians of CUDA-graph replays; "
-        f"{made_with(found.record)}, commit {found.record['commit']}; {remeasured}."
+        f"{made_with(found.record)}, commit {found.record['commit']}{remeasured}."
     )
 
 
