@@ -215,10 +215,7 @@ def captured(calls: list[Call]) -> Iterator[torch.cuda.CUDAGraph]:
 
 
 def median_ms(work: Callable[[], object]) -> float:
-    """Median milliseconds of `work`, at clocks it has itself brought up.
-
-    A card that idled while inputs were made runs the next milliseconds slower: the first kernel of a case would pay.
-    """
+    """Median milliseconds of `work`, after a warm-up: the first kernel of a case may otherwise find low clocks."""
     started = time.monotonic()
     while time.monotonic() - started < WARM_UP_SECONDS:
         work()

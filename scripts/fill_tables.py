@@ -252,13 +252,13 @@ def speed_table() -> str:
     from performance_tables import LONG, STEPS, Blocks
 
     blocks = Blocks()
-    commits: dict[int, set[str]] = defaultdict(set)
+    commits: dict[str, list[int]] = defaultdict(list)
 
     def block(model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0) -> float | None:
         row = blocks.find(model, batch, rule, kernel, dense)
         if row is None:
             return None
-        commits[batch].add(row["commit"])
+        commits[row["commit"]].append(batch)
         return float(row["block_ms"])
 
     columns = {
@@ -281,7 +281,10 @@ def speed_table() -> str:
         assert times["mage"] is not None
         lines.append(f"| {model}, batch {batch} | {' | '.join(cells)} | {exact / times['mage']:.2f}x |")
     record, versions = blocks.record, blocks.record["versions"]
-    measured_at = "; ".join(f"{', '.join(sorted(found))} (batch {batch})" for batch, found in commits.items())
+    measured_at = "; ".join(
+        commit + (f" (batch {', '.join(map(str, sorted(set(batches))))})" if len(commits) > 1 else "")
+        for commit, batches in commits.items()
+    )
     lines += [
         "",
         f"Milliseconds per block of 32 tokens at {LONG // 1024}K tokens of context, {STEPS} steps and the commit, "
