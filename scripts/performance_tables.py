@@ -260,7 +260,7 @@ def variants() -> str:
 GROUPS: dict[str, tuple[str, ...]] = {
     "products by cuBLAS": ("nvjet", "void cublasLt"),
     "gate and up with SiLU, few_rows": ("gate_up_kernel",),
-    "other products, few_rows": ("linear_kernel",),
+    "other products, few_rows": ("linear_kernel", "add_linear_kernel", "project_append_kernel"),
     "attention": ("attend_kernel", "hopper_split_kernel", "merge_kernel", "split_kernel"),
     "norms and sums of parts": ("add_norm_kernel",),
     "rope and append": ("rope_append_kernel",),

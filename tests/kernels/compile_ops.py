@@ -7,7 +7,9 @@ branch, say). Here launches stop after compilation.
     python tests/kernels/compile_ops.py 7B small   # these, as test_compiles_for_hopper.py does
 """
 
+import re
 import sys
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -19,16 +21,18 @@ from triton.runtime.jit import JITFunction
 
 import mage_kernels.choice
 import mage_kernels.exact_attention.triton
+import mage_kernels.overlap
 from mage_kernels.add_norm import add_norm
 from mage_kernels.compact import compact
 from mage_kernels.confidence import confidence
 from mage_kernels.exact_attention import exact_attention
-from mage_kernels.few_rows import gate_up, linear, linear_parts
+from mage_kernels.few_rows import add_linear, gate_up, linear, linear_parts, new_arrivals
 from mage_kernels.fill_block import fill_block
 from mage_kernels.gather_attention import gather_attention
 from mage_kernels.key_scores import mean_logit, mean_probability, tile_mass
+from mage_kernels.overlap import overlapping
 from mage_kernels.page_scores import FORMS, page_scores, update_pages
-from mage_kernels.rope_append import rope_append
+from mage_kernels.rope_append import project_append, rope_append
 from mage_kernels.select_keys import select_keys
 from mage_kernels.silu_mul import silu_mul
 from mage_kernels.small_attention import small_attention
@@ -40,6 +44,7 @@ SHAPES = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "SDAR-8B": (32, 8, 128), "sm
 """Name -> query heads, KV heads, head_dim."""
 
 launched: dict[str, set[str]] = {}
+overlapped: set[str] = set()
 
 
 def compile_instead(run):
@@ -48,9 +53,22 @@ def compile_instead(run):
     def compiled(self, *args, **options):
         kernel = run(self, *args, **{**options, "warmup": True})
         launched.setdefault(self.fn.__name__, set()).add(kernel.hash)
+        if options.get("OVERLAP"):
+            check_that_it_only_hints_before_its_wait(kernel.asm["ptx"])
+            overlapped.add(self.fn.__name__)
         return kernel
 
     return compiled
+
+
+def check_that_it_only_hints_before_its_wait(ptx: str) -> None:
+    """What `mage_kernels.overlap` promises: no memory is read or written, and no branch goes around the wait."""
+    body = ptx[ptx.index(".entry") :]
+    before, wait, after = body[body.index("{") :].partition("griddepcontrol.wait")
+    assert wait and "griddepcontrol.launch_dependents" in after and "griddepcontrol" not in before
+    before = re.sub(r"cp\.async\.bulk\.prefetch\.L2|ld\.param", "", before)
+    found = re.search(r"\b(ld|st|atom|red|cp|bra|ret|exit)\.?\b.*", before)
+    assert found is None, f"before its wait: {found and found[0]}"
 
 
 def pretend_to_be_an_h100() -> None:
@@ -65,6 +83,7 @@ def pretend_to_be_an_h100() -> None:
     JITFunction.run = compile_instead(JITFunction.run)
     mage_kernels.choice._why_not_here = lambda *_: None
     mage_kernels.exact_attention.triton.num_slots = lambda _: 132
+    mage_kernels.overlap.is_possible = lambda: True
 
 
 def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch.dtype) -> None:
@@ -91,7 +110,8 @@ def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: to
         top_k(torch.zeros(batch, kv_heads, length), KEYS, lengths, sinks=4, recent=64, **given)
     kept = torch.zeros(batch, kv_heads, KEYS + BLOCK, dim, dtype=dtype)
     compact(key, key, index, count, kept, kept.clone(), **given)
-    small_attention(query, kept, kept, count, scale, own=BLOCK, block=BLOCK, **given)
+    for arrivals in (None, new_arrivals(query.device)):
+        small_attention(query, kept, kept, count, scale, own=BLOCK, block=BLOCK, arrivals=arrivals, **given)
     gather_attention(query, key, key, index, count, scale, own_key=own, own_value=own, **given)
     low, high = (torch.zeros(batch, kv_heads, CONTEXT // 16, dim, dtype=dtype) for _ in range(2))
     update_pages(low, high, key, lengths, page=16, added=BLOCK, **given)
@@ -106,20 +126,27 @@ def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch
     add_norm(residual, residual.clone(), torch.ones(hidden, dtype=dtype), 1e-6, **given)
     add_norm(residual, None, torch.ones(hidden, dtype=dtype), 1e-6, **given)
     silu_mul(torch.zeros(tokens, 2 * 8960, dtype=dtype), **given)
-    linear(residual[:BLOCK], torch.zeros(4096, hidden, dtype=dtype), **given)
-    gate_up(residual[:BLOCK], torch.zeros(2 * 8960, hidden, dtype=dtype), **given)
+    few, gain, arrivals = residual[:BLOCK], torch.ones(hidden, dtype=dtype), new_arrivals(residual.device)
+    linear(few, torch.zeros(4096, hidden, dtype=dtype), **given)
+    gate_up(few, torch.zeros(2 * 8960, hidden, dtype=dtype), **given)
+    linear(few[:1], torch.zeros(4096, hidden, dtype=dtype), **given)
     for inputs in (hidden, 8960):
-        parts = linear_parts(torch.zeros(BLOCK, inputs, dtype=dtype), torch.zeros(hidden, inputs, dtype=dtype), **given)
-        add_norm(residual[:BLOCK], parts, torch.ones(hidden, dtype=dtype), 1e-6, **given)
+        x, weight = torch.zeros(BLOCK, inputs, dtype=dtype), torch.zeros(hidden, inputs, dtype=dtype)
+        add_norm(few, linear_parts(x, weight, **given), gain, 1e-6, **given)
+        _, squares = add_linear(few, x, weight, gain, arrivals, **given)
+    gate_up(few, torch.zeros(2 * 8960, hidden, dtype=dtype), squares=squares, eps=1e-6, **given)
     table = torch.zeros(CONTEXT, dim // 2)
     cache = torch.zeros(batch, kv_heads, CONTEXT, dim, dtype=dtype)
     position = torch.zeros(batch, dtype=torch.int64)
     width = (heads + 2 * kv_heads) * dim
     weight, bias = torch.zeros(width, hidden, dtype=dtype), torch.zeros(width, dtype=dtype)
-    projected = (torch.zeros(tokens, width, dtype=dtype), linear_parts(residual[:BLOCK], weight, bias, **given))
+    projected = (torch.zeros(tokens, width, dtype=dtype), linear_parts(few, weight, bias, squares=squares, **given))
+    of_cache = table, table, position, cache, cache.clone(), position
+    for sums in (None, squares):
+        project_append(few, weight, bias, *of_cache, arrivals, squares=sums, **given)
     norm = torch.ones(dim, dtype=dtype)
     for qkv, norms in product(projected, ((None, None), (norm, norm))):
-        rope_append(qkv, table, table, position, cache, cache.clone(), position, *norms, **given)
+        rope_append(qkv, *of_cache, *norms, **given)
     confidence(torch.zeros(BLOCK, 4096, dtype=dtype), exclude=3, **given)
     ids, progress, left = (torch.zeros(batch, *size, dtype=torch.int64) for size in ((BLOCK,), (3,), ()))
     quotas = torch.ones(BLOCK, dtype=torch.int64)
@@ -131,14 +158,16 @@ def compile_layers(heads: int, kv_heads: int, dim: int, batch: int, dtype: torch
 def main(names: list[str]) -> None:
     """The shapes named, all by default: one row and eight in bf16; the small one in fp16 too."""
     pretend_to_be_an_h100()
-    for name in names or SHAPES:
-        for batch in (1, 8) if not names else (1,):
-            compile_attention(*SHAPES[name], batch, torch.bfloat16)
-        compile_layers(*SHAPES[name], 1, torch.bfloat16)
+    for name, how in product(names or SHAPES, (nullcontext, overlapping)):
+        with how():
+            for batch in (1, 8) if not names else (1,):
+                compile_attention(*SHAPES[name], batch, torch.bfloat16)
+            compile_layers(*SHAPES[name], 1, torch.bfloat16)
     if not names:
         compile_attention(*SHAPES["small"], 1, torch.float16)
     for kernel, variants in sorted(launched.items()):
         print(f"compiled {kernel} {len(variants)}")
+    print("overlapped", *sorted(overlapped))
     print("triton", triton.__version__)
 
 

@@ -78,3 +78,5 @@ def test_every_launched_kernel_compiles(tmp_path):
     sources = "".join(path.read_text() for path in Path(mage_kernels.__file__).parent.glob("*/triton.py"))
     defined = set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
     assert compiled == defined
+    kernels = ("add_linear", "attend", "gate_up", "linear", "project_append")
+    assert " ".join(["overlapped", *(f"{name}_kernel" for name in kernels)]) in done.stdout

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mage_kernels.add_norm import add_norm
+from mage_kernels.few_rows import new_arrivals
 from mage_kernels.fill_block import fill_block
-from mage_kernels.rope_append import rope_append
+from mage_kernels.rope_append import project_append, rope_append
 from mage_kernels.silu_mul import silu_mul
 
 
@@ -91,6 +92,46 @@ def test_rope_append_packs_rows_by_head_and_keeps_lengths(device, dtype):
     assert torch.equal(rows.view(heads, size, head_dim), by_head[:heads])
     assert torch.equal(keys[0], by_head[heads : heads + kv_heads])
     assert torch.equal(values[0], by_head[heads + kv_heads :])
+
+
+PROJECTED = [(32, {}, True), (64, {"block_n": 16, "parts": 1}, True), (64, {"block_n": 32, "parts": 3}, False)]
+PROJECTED += [(128, {"block_n": 64, "parts": 2}, True), (128, {"block_n": 128, "block_k": 32}, False)]
+
+
+@pytest.mark.parametrize(("head_dim", "changes", "has_norm"), PROJECTED, ids=str)
+def test_project_append(device, dtype, monkeypatch, head_dim, changes, has_norm):
+    """A projection and `rope_append` in one launch; with the last factor of a norm before it, or without."""
+    from mage_kernels.rope_append import triton
+
+    batch, size, heads, kv_heads, slots, inputs = 2, 5, 4, 2, 40, 192
+    width = (heads + 2 * kv_heads) * head_dim
+    weight = (torch.randn(width, inputs, device=device) * inputs**-0.5).to(dtype)
+    plan = triton.make_plan(weight, can_split=True)._replace(**changes)
+    monkeypatch.setattr(triton, "make_plan", lambda *_, **__: plan)
+    x = 3 * torch.randn(batch * size, inputs, device=device).to(dtype)
+    squares = x.double().square().view(len(x), 2, -1).sum(-1).T.contiguous() if has_norm else None
+    bias = torch.randn(width, device=device).to(dtype) if has_norm else None
+    angle = torch.arange(64, device=device)[:, None] * torch.rand(head_dim // 2, device=device)
+    start = torch.tensor([3, 17], dtype=torch.int32, device=device)
+    at = torch.tensor([0, 35], dtype=torch.int32, device=device)
+    written = torch.zeros(batch, 1, slots, 1, dtype=torch.bool, device=device)
+    written[0, :, 0:5] = written[1, :, 35:40] = True
+    arrivals, found = new_arrivals(device), []
+
+    def op(impl, x, weight, bias):
+        cache = torch.full((2, batch, kv_heads, slots, head_dim), torch.nan, dtype=x.dtype, device=device)
+        place = angle.cos(), angle.sin(), start, *cache, at, arrivals
+        sums = squares if squares is None or x.dtype == torch.float64 else squares.float()
+        rows = project_append(x, weight, bias, *place, squares=sums, eps=1e-6, impl=impl)
+        assert torch.equal(~cache.isnan(), written.expand_as(cache[0]).expand_as(cache))
+        assert not arrivals.any()
+        found.append(torch.cat([rows.flatten(), cache[~cache.isnan()]]))
+        return found[-1]
+
+    exact = op("reference", x.double(), weight.double(), None if bias is None else bias.double())
+    theirs = error(op("reference", x, weight, bias), exact)
+    assert error(op("triton", x, weight, bias), exact) <= 2 * theirs + 1e-6
+    assert torch.equal(found[-1], op("triton", x, weight, bias)), "the same bits again"
 
 
 FILLS = [*product((0, 1), (None, 0.6), [(8, 8), (12, 4)]), (1, 0.6, (32, 8))]

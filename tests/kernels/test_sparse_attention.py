@@ -7,6 +7,7 @@ import torch
 
 from mage_kernels.compact import compact
 from mage_kernels.exact_attention import exact_attention
+from mage_kernels.few_rows import new_arrivals
 from mage_kernels.gather_attention import gather_attention
 from mage_kernels.small_attention import small_attention
 from mage_kernels.testing import check_error, eager_attention, random_tensor
@@ -104,6 +105,46 @@ def test_large_tiles_of_rows_say_the_same(device, monkeypatch):
     q, caches, index, count, buffers, own = make(70, 40, 21, 8, 32, torch.float16, device, counts=((21, 3), (0, 12)))
     monkeypatch.setattr(triton, "ONE_WAVE", 0)
     check_rows(q, caches, index, count, own, 0.2, *small_attention(q, *buffers, count, 0.2, own=8, impl="triton"))
+
+
+SPLITS = [(16, 16, 4, 2, 2), (16, 16, 4, 2, 5), (32, 32, 4, 2, 3), (64, 64, 4, 2, 9)]
+
+
+@pytest.mark.parametrize("plan", SPLITS, ids=str)
+@pytest.mark.parametrize("own", [8, 0])
+def test_split_keys_say_the_same(device, dtype, monkeypatch, plan, own):
+    """Keys in parts, some of which have none; twice with the same counters, and the same bits both times."""
+    from mage_kernels.small_attention import triton
+
+    counts = ((61, 3), (0, 12)) if own else ((61, 3), (1, 12))
+    q, caches, index, count, buffers, mine = make(40, 70, 61, own, 32, dtype, device, counts=counts)
+    monkeypatch.setattr(triton, "make_plan", lambda *_: triton.Plan(*plan))
+    arrivals = new_arrivals(device)
+    found = [small_attention(q, *buffers, count, 0.2, own=own, arrivals=arrivals, impl="triton") for _ in range(2)]
+    check_rows(q, caches, index, count, mine, 0.2, *found[0])
+    assert all(map(torch.equal, *found)) and not arrivals.any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "parts"), [(2, 192, 5), (4, 224, 2), (8, 128, 2), (16, 192, 1), (64, 192, 1)]
+)
+def test_few_heads_are_split(heads, rows, parts):
+    """1.5B, 7B and SDAR-8B at batch 1, as a sweep found best; 1.5B at batch 8 and more fill the GPU without."""
+    from mage_kernels.small_attention.triton import make_plan
+
+    assert make_plan(heads, rows, 128, True)[:5] == ((64 if heads == 64 else 16), 64, 4, 3, parts)
+    assert make_plan(heads, rows, 128).parts == 1
+
+
+def test_nothing_seen_in_parts_is_zero(device, monkeypatch):
+    from mage_kernels.small_attention import triton
+
+    monkeypatch.setattr(triton, "make_plan", lambda *_: triton.Plan(16, 16, 4, 2, 2))
+    q, _, _, count, buffers, _ = make(16, 20, 5, 0, 32, torch.float16, device, counts=((0, 0), (0, 5)))
+    arrivals = new_arrivals(device)
+    out, log_mass = small_attention(q, *buffers, count, 0.2, own=0, arrivals=arrivals, impl="triton")
+    assert (out[0] == 0).all() and (log_mass[0] == float("-inf")).all()
+    assert out.isfinite().all() and log_mass[1, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("own", [-1, 13])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mage_kernels.few_rows import reference as few_rows
+
 
 def rope_append(
     qkv: Tensor,
@@ -33,6 +35,26 @@ def rope_append(
     keys[row, :, slots[:, None] + step] = key.transpose(1, 2)
     values[row, :, slots[:, None] + step] = value.transpose(1, 2)
     rows.copy_(query.reshape(rows.shape))
+
+
+def project_append(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    arrivals: Tensor,
+) -> None:
+    """See `mage_kernels.rope_append.project_append`."""
+    qkv = few_rows.linear(x, weight, bias, squares, eps)[None]
+    rope_append(qkv, cosine, sine, positions, keys, values, slots, None, None, 0.0, rows)
 
 
 def normalise(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""One program per token and head: normalise, rotate, and put it where it belongs."""
+"""One program per token and head: normalise, rotate, and put it where it belongs; or as the end of a projection."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -7,6 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mage_kernels.few_rows.triton import (
+    has_all_parts,
+    load_squares,
+    make_plan,
+    options,
+    product,
+    row_scale,
+    scratch,
+    split,
+    sum_parts,
+    tiles_of,
+)
+from mage_kernels.overlap.triton import wait_asking
 
 
 @triton.jit
@@ -128,4 +142,149 @@ def rope_append(
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
+    )
+
+
+@triton.jit
+def project_append_kernel(
+    x_ptr,  # [tokens, K]
+    weight_ptr,  # [heads * D, K]
+    bias_ptr,  # [heads * D], read where HAS_BIAS
+    squares_ptr,  # [TILES, tokens], read where TILES > 0
+    cosine_ptr,
+    sine_ptr,
+    positions_ptr,
+    slots_ptr,
+    rows_ptr,
+    keys_ptr,
+    values_ptr,
+    parts_ptr,  # [tiles, PARTS, BLOCK_N, BLOCK_M], used where PARTS > 1
+    arrivals_ptr,  # [tiles], zero
+    eps,
+    num_tokens,
+    K,
+    part_size,
+    KEY_STRIDES,
+    VALUE_STRIDES,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Owns BLOCK_N / 2 pairs of numbers that rotate together, of one head and all tokens; half of a head is many."""
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    HALF: tl.constexpr = D // 2
+    i_tile, i_part = tl.program_id(0), tl.program_id(1)
+    i_head, i_pair = i_tile // (HALF // PAIRS), i_tile % (HALF // PAIRS) * PAIRS
+    o_tile, o_m, o_pair = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), i_pair + tl.arange(0, PAIRS)
+    o_n = i_head * D + i_pair + o_tile % PAIRS + tl.where(o_tile < PAIRS, 0, HALF)
+    m_m = o_m < num_tokens
+    m_out = m_m[None, :]
+    start = i_part * part_size
+    end = tl.minimum(K, start + part_size)
+    p_w, p_x = weight_ptr + o_n[:, None].to(tl.int64) * K, x_ptr + o_m[None, :] * K
+    wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
+    o_batch, o_place = (o_m // SIZE).to(tl.int64), o_m % SIZE
+    b_position = tl.load(positions_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
+    b_slot = tl.load(slots_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
+    if TILES > 0:
+        b_squares = load_squares(squares_ptr, num_tokens, o_m, TILES, BLOCK_TILES)
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + o_n)
+    b_acc = product(p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    is_last = True
+    if PARTS > 1:
+        is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_tile, i_part, PARTS)
+    if is_last:
+        if PARTS > 1:
+            b_acc = sum_parts(parts_ptr, arrivals_ptr, i_tile, PARTS, BLOCK_N, BLOCK_M)
+        if TILES > 0:
+            b_acc *= row_scale(b_squares, K, eps)[None, :]
+        if HAS_BIAS:
+            b_acc += b_bias[:, None].to(tl.float32)
+        dtype: tl.constexpr = rows_ptr.dtype.element_ty
+        b_acc = b_acc.to(dtype).to(tl.float32)  # rounded where the unfused code rounds
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b_acc, [2, PAIRS, BLOCK_M]), [1, 2, 0]))
+        if i_head >= HEADS + KV_HEADS:
+            i_kv = i_head - HEADS - KV_HEADS
+            p_value = values_ptr + o_batch * VALUE_STRIDES[0] + i_kv * VALUE_STRIDES[1] + b_slot * VALUE_STRIDES[2]
+            p_out = p_value[None, :] + o_pair[:, None]
+            tl.store(p_out, b_low.to(dtype), mask=m_out)
+            tl.store(p_out + HALF, b_high.to(dtype), mask=m_out)
+        else:
+            o_table = b_position[None, :] * HALF + o_pair[:, None]
+            b_cosine = tl.load(cosine_ptr + o_table, mask=m_out, other=0.0)
+            b_sine = tl.load(sine_ptr + o_table, mask=m_out, other=0.0)
+            b_new_low = (b_low * b_cosine - b_high * b_sine).to(dtype)
+            b_new_high = (b_high * b_cosine + b_low * b_sine).to(dtype)
+            if i_head >= HEADS:
+                i_kv = i_head - HEADS
+                p_key = keys_ptr + o_batch * KEY_STRIDES[0] + i_kv * KEY_STRIDES[1] + b_slot * KEY_STRIDES[2]
+                p_out = p_key[None, :] + o_pair[:, None]
+                tl.store(p_out, b_new_low, mask=m_out)
+                tl.store(p_out + HALF, b_new_high, mask=m_out)
+            else:
+                p_out = rows_ptr + ((o_batch * HEADS + i_head) * SIZE + o_place)[None, :] * D + o_pair[:, None]
+                tl.store(p_out, b_new_low, mask=m_out)
+                tl.store(p_out + HALF, b_new_high, mask=m_out)
+
+
+def project_append(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    arrivals: Tensor,
+) -> None:
+    """See `mage_kernels.rope_append.project_append`."""
+    batch, kv_heads, _, head_dim = keys.shape
+    (tokens, inputs), width = x.shape, weight.shape[0]
+    plan, part_size = split(make_plan(weight, can_split=True), x)
+    while head_dim % plan.block_n:
+        plan = plan._replace(block_n=plan.block_n // 2)
+    tiles = width // plan.block_n
+    project_append_kernel[(tiles, plan.parts)](
+        x,
+        weight,
+        x if bias is None else bias,
+        x if squares is None else squares,
+        cosine,
+        sine,
+        positions,
+        slots,
+        rows,
+        keys,
+        values,
+        scratch(plan, x, tiles),
+        arrivals,
+        eps,
+        tokens,
+        inputs,
+        part_size,
+        KEY_STRIDES=keys.stride()[:3],
+        VALUE_STRIDES=values.stride()[:3],
+        SIZE=tokens // batch,
+        HEADS=width // head_dim - 2 * kv_heads,
+        KV_HEADS=kv_heads,
+        D=head_dim,
+        HAS_BIAS=bias is not None,
+        PARTS=plan.parts,
+        **tiles_of(squares),
+        **options(plan, x),
     )

@@ -22,6 +22,7 @@ def small_attention(
     *,
     own: int,
     block: int | None = None,
+    arrivals: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over slots 0 to count - 1 and the last `own` slots.
@@ -33,6 +34,7 @@ def small_attention(
         scale: factor on the logits.
         own: the block's keys at the end, 0 or more, always visible.
         block: positions of a block, to get `out` token by token.
+        arrivals: see `few_rows.new_arrivals`; with it, the keys of few heads are split over more programs.
 
     Returns:
         out: (batch, KV heads, R, D), or (batch * block, query heads * D), in the queries' dtype; 0 for a row that sees
@@ -54,4 +56,6 @@ def small_attention(
         return out if block is None else by_token(out, block), log_mass
     from mage_kernels.small_attention import triton
 
+    if arrivals is not None:
+        return triton.split_attention(query, key, value, count, scale, own, block or 0, arrivals)
     return triton.small_attention(query, key, value, count, scale, own, block or 0)

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from mage_kernels.exact_attention import Attended, exact_attention
+from mage_kernels.few_rows import new_arrivals
 from mage_kernels.gather_attention import gather_attention
 from mage_kernels.key_scores import mean_logit
 from mage_kernels.layout import by_token
 from mage_kernels.page_scores import page_scores, update_pages
-from mage_kernels.rope_append import rope_append
+from mage_kernels.rope_append import project_append, rope_append
 from mage_kernels.small_attention import small_attention
 from mage_kernels.top_k import top_k
 from mage_tune.decode.engine.cache import Cache, KeptKeys
+from mage_tune.decode.engine.forward import Projection
 from mage_tune.decode.engine.kernels import ExactKernel
 from mage_tune.decode.engine.weights import Weights
 from mage_tune.decode.rules import Quest, Tidal
@@ -45,11 +47,12 @@ class Frame:
         self.own_key, self.own_value = torch.zeros(own, dtype=weights.dtype, device=weights.device)
         """(batch, KV heads, B, D) of the layer in work."""
         self.no_slots = torch.zeros_like(cache.lengths)
+        self.arrivals = new_arrivals(weights.device)
 
     def append(
         self,
         layer: int,
-        qkv: Tensor,
+        qkv: Tensor | Projection,
         keys: Tensor,
         values: Tensor,
         slots: Tensor,
@@ -60,15 +63,24 @@ class Frame:
 
         `qkv` is the projection, or parts of its sum (`forward.Attend`). `positions`: by default where the cache ends.
         """
+        positions = self.cache.lengths if positions is None else positions
+        place = self.cosine, self.sine, positions, keys, values, slots
+        if isinstance(qkv, Projection):
+            return project_append(
+                qkv.x.values,
+                qkv.weight,
+                qkv.bias,
+                *place,
+                self.arrivals,
+                squares=qkv.x.squares,
+                eps=qkv.eps,
+                rows=rows,
+                impl=self.impl,
+            )
         weights = self.weights.layers[layer]
         return rope_append(
             qkv,
-            self.cosine,
-            self.sine,
-            self.cache.lengths if positions is None else positions,
-            keys,
-            values,
-            slots,
+            *place,
             weights.query_norm,
             weights.key_norm,
             self.weights.shape.norm_eps,
@@ -76,7 +88,7 @@ class Frame:
             impl=self.impl,
         )
 
-    def append_own(self, layer: int, qkv: Tensor, rows: Tensor | None = None) -> Tensor:
+    def append_own(self, layer: int, qkv: Tensor | Projection, rows: Tensor | None = None) -> Tensor:
         """`append` to the buffer beside the cache."""
         return self.append(layer, qkv, self.own_key, self.own_value, self.no_slots, rows)
 
@@ -89,7 +101,7 @@ class ExactAttention:
     kernel: ExactKernel
     _seen: Tensor | None = field(default=None, init=False)
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`."""
         frame, cache = self.frame, self.frame.cache
         if layer == 0 or self._seen is None:  # once per pass; wherever some layers are exact, the first is
@@ -120,7 +132,7 @@ class ScoringAttention:
     observer: Observer
     exact: ExactAttention
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`."""
         frame, observer = self.frame, self.observer
         if layer < observer.first_layer:
@@ -154,7 +166,7 @@ class CommittingAttention:
         self.start = torch.zeros_like(frame.cache.lengths)
         """Where the finished blocks begin."""
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`; the first layer moves the cache's lengths on."""
         frame, cache = self.frame, self.frame.cache
         if layer == 0:
@@ -162,7 +174,7 @@ class CommittingAttention:
             cache.lengths.add_(self.advance)
         observer = self.observer if self.observer is not None and layer >= self.observer.first_layer else None
         keys, values = cache.keys[layer], cache.values[layer]
-        finished, following = (half.contiguous() for half in qkv.chunk(2, dim=-2))
+        finished, following = qkv.halves() if isinstance(qkv, Projection) else _halves(qkv)
         first = frame.append(layer, finished, keys, values, self.start, positions=self.start)
         second = frame.append_own(layer, following, observer.rows(layer) if observer is not None else None)
         count = first.shape[2]
@@ -181,6 +193,11 @@ class CommittingAttention:
         if observer is not None:
             observer.observe(layer, second, _rows_from(attended, count))
         return torch.cat([by_token(half, frame.block_size) for half in attended.out.split(count, dim=2)])
+
+
+def _halves(qkv: Tensor) -> list[Tensor]:
+    """The rows of either half of the batch."""
+    return [half.contiguous() for half in qkv.chunk(2, dim=-2)]
 
 
 def _rows_from(attended: Attended, start: int) -> Attended:
@@ -205,7 +222,7 @@ class KeptAttention:
         self.frame, self.kept, self.exact = frame, kept, exact
         self.slots = torch.full_like(frame.cache.lengths, kept.slots)
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`."""
         frame, kept = self.frame, self.kept
         if layer < kept.first_layer:
@@ -215,7 +232,17 @@ class KeptAttention:
         if kept.slots > MOST_SMALL_SLOTS:
             return self._long(layer, rows, keys, values)
         count, size = kept.counts[layer - kept.first_layer], frame.block_size
-        return small_attention(rows, keys, values, count, frame.scale, own=size, block=size, impl=frame.impl)[0]
+        return small_attention(
+            rows,
+            keys,
+            values,
+            count,
+            frame.scale,
+            own=size,
+            block=size,
+            arrivals=frame.arrivals,
+            impl=frame.impl,
+        )[0]
 
     def _long(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The rules that keep so many keep equally many in every head of a row."""
@@ -255,7 +282,7 @@ class QuestAttention:
         cache = self.frame.cache
         update_pages(self.low, self.high, cache.keys, cache.lengths, page=self.page, added=added, impl=self.frame.impl)
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`."""
         if layer < self.rule.dense_layers:
             return self.exact(layer, qkv)
@@ -280,7 +307,7 @@ class TidalAttention:
     exact: ExactAttention
     _chosen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """See `forward.Attend`."""
         frame, rule, cache = self.frame, self.rule, self.frame.cache
         if layer < rule.dense_layers:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mage_kernels.confidence import confidence
 from mage_kernels.layout import by_token
-from mage_kernels.rope_append import rope_append
 from mage_tune.decode.engine.attention import (
     CommittingAttention,
     ExactAttention,
@@ -38,7 +37,7 @@ from mage_tune.decode.engine.attention import (
 from mage_tune.decode.engine.blocks import Blocks, check_settings, most_steps
 from mage_tune.decode.engine.cache import Cache
 from mage_tune.decode.engine.choice import Chooser, make_chooser
-from mage_tune.decode.engine.forward import Attend, Body
+from mage_tune.decode.engine.forward import Attend, Body, Projection
 from mage_tune.decode.engine.graphs import Graphs
 from mage_tune.decode.engine.kernels import make_kernel
 from mage_tune.decode.engine.weights import Weights
@@ -309,11 +308,10 @@ class Engine:
         key_block = torch.arange(before + width, device=self.weights.device) // self.block_size
         mask = (key_block <= (position // self.block_size)[:, None]).repeat(shape.group, 1)  # (R, before + width)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            weights, one = self.weights.layers[layer], slice(row, row + 1)
+        def attend(layer: int, qkv: Tensor | Projection) -> Tensor:
+            one = slice(row, row + 1)
             keys, values, start = cache.keys[layer, one], cache.values[layer, one], cache.lengths[one]
-            norms = weights.query_norm, weights.key_norm, shape.norm_eps
-            rows = rope_append(qkv, frame.cosine, frame.sine, start, keys, values, start, *norms, impl=self.impl)
+            rows = frame.append(layer, qkv, keys, values, start, positions=start)
             seen = slice(0, before + width)
             out = F.scaled_dot_product_attention(
                 rows, keys[:, :, seen], values[:, :, seen], attn_mask=mask, scale=frame.scale

@@ -6,24 +6,52 @@ down projection. What attention means is the caller's business: it gets the proj
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mage_kernels.add_norm import add_norm
-from mage_kernels.few_rows import MOST_ROWS, gate_up, linear, linear_parts
+from mage_kernels.few_rows import MOST_ROWS, add_linear, gate_up, linear, linear_parts, new_arrivals
 from mage_kernels.silu_mul import silu_mul
-from mage_tune.decode.engine.weights import Weights
+from mage_tune.decode.engine.weights import LayerWeights, Weights
+
+
+class Normed(NamedTuple):
+    """Rows after an RMSNorm, or before its last factor, which the next product applies (`few_rows.add_linear`)."""
+
+    values: Tensor
+    squares: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection to q, k and v that is still to be done: whoever knows where keys and values go does it there."""
+
+    x: Normed
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def halves(self) -> list[Projection]:
+        """The projections of either half of the rows."""
+        values, squares = self.x
+        halves = [Normed(half) for half in values.chunk(2)]
+        if squares is not None:
+            sums = squares.chunk(2, dim=1)
+            halves = [Normed(half.values, half_sums.contiguous()) for half, half_sums in zip(halves, sums, strict=True)]
+        return [replace(self, x=half) for half in halves]
 
 
 class Attend(Protocol):
     """Attention of one forward pass."""
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor | Projection) -> Tensor:
         """(batch * n, (query heads + 2 * KV heads) * D) -> (batch * n, query heads * D).
 
-        `qkv` may also be parts of its sum, (parts, batch * n, ...), which `rope_append` adds up.
+        `qkv` may also be parts of its sum, (parts, batch * n, ...), or still to be done: `attention.append` takes all.
         """
 
 
@@ -34,18 +62,22 @@ class Body:
         self.weights = weights
         self.impl = impl
         """Of the fused operations: "triton" or "reference"."""
+        self.eps = weights.shape.norm_eps
+        self.arrivals = new_arrivals(weights.device)
 
     def forward(self, ids: Tensor, attend: Attend) -> Tensor:
         """(batch, n) int64 -> (batch * n, hidden) after the final norm."""
-        weights, eps, impl = self.weights, self.weights.shape.norm_eps, self.impl
+        weights = self.weights
         stream = F.embedding(ids.flatten(), weights.embedding)
-        delta = None
+        x = Normed(add_norm(stream, None, weights.layers[0].attention_norm, self.eps, impl=self.impl))
+        following = [(layer.attention_norm, layer.qkv) for layer in weights.layers[1:]]
         for number, layer in enumerate(weights.layers):
-            normed = add_norm(stream, delta, layer.attention_norm, eps, impl=impl)
-            heads = attend(number, self._sum_to_be(normed, layer.qkv, layer.qkv_bias))
-            normed = add_norm(stream, self._sum_to_be(heads, layer.out), layer.mlp_norm, eps, impl=impl)
-            delta = self._sum_to_be(self._gated(normed, layer.gate_up), layer.down)
-        return add_norm(stream, delta, weights.final_norm, eps, impl=impl)
+            heads = attend(number, self._projected(x, layer))
+            x = self._add(stream, heads, layer.out, layer.mlp_norm, layer.gate_up)
+            gated = self._gated(x, layer)
+            gain, matrix = following[number] if number < len(following) else (weights.final_norm, None)
+            x = self._add(stream, gated, layer.down, gain, matrix)
+        return x.values
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab), of the weights' dtype."""
@@ -53,16 +85,29 @@ class Body:
             return linear(hidden, self.weights.head, impl=self.impl)
         return F.linear(hidden, self.weights.head)
 
-    def _sum_to_be(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias, in parts where that is faster; `add_norm` and `rope_append` take both."""
-        if self._are_few(x, weight):
-            return linear_parts(x, weight, bias, impl=self.impl)
-        return F.linear(x, weight, bias)
+    def _projected(self, x: Normed, layer: LayerWeights) -> Tensor | Projection:
+        """Queries, keys and values: parts of their sum where that is faster, or left to be done."""
+        weight, bias = layer.qkv, layer.qkv_bias
+        if not self._are_few(x.values, weight):
+            return F.linear(x.values, weight, bias)
+        if layer.query_norm is None and self.weights.shape.head_dim % 32 == 0:
+            return Projection(x, weight, bias, self.eps)
+        return linear_parts(x.values, weight, bias, squares=x.squares, eps=self.eps, impl=self.impl)
 
-    def _gated(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self._are_few(x, weight):
-            return gate_up(x, weight, impl=self.impl)
-        return silu_mul(F.linear(x, weight), impl=self.impl)
+    def _add(self, stream: Tensor, x: Tensor, weight: Tensor, gain: Tensor, following: Tensor | None) -> Normed:
+        """stream += x @ weight.T, and its norm; without the norm's last factor where the next product can apply it."""
+        if not self._are_few(x, weight):
+            return Normed(add_norm(stream, F.linear(x, weight), gain, self.eps, impl=self.impl))
+        # What is not divided yet may be too large for fp16.
+        if following is not None and self._are_few(stream, following) and stream.dtype != torch.float16:
+            return Normed(*add_linear(stream, x, weight, gain, self.arrivals, impl=self.impl))
+        return Normed(add_norm(stream, linear_parts(x, weight, impl=self.impl), gain, self.eps, impl=self.impl))
+
+    def _gated(self, x: Normed, layer: LayerWeights) -> Tensor:
+        weight = layer.gate_up
+        if self._are_few(x.values, weight):
+            return gate_up(x.values, weight, squares=x.squares, eps=self.eps, impl=self.impl)
+        return silu_mul(F.linear(x.values, weight), impl=self.impl)
 
     def _are_few(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the weights' reading is all that counts; shapes that the kernel does not take go to cuBLAS."""

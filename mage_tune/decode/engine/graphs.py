@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from mage_kernels.overlap import overlapping
+
 
 class Graphs:
     """Runs steps: as they are, or as CUDA graphs.
@@ -37,12 +39,12 @@ class Graphs:
         saved = [tensor.clone() for tensor in self.state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles and tunes what has to be, outside of the graph
+        with overlapping(), torch.cuda.stream(stream):  # compiles and tunes what has to be, outside of the graph
             step()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(self.state, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with overlapping(), torch.cuda.graph(graph, pool=self._pool):
             step()
         return graph

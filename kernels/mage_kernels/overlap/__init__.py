@@ -1,0 +1,56 @@
+"""Launches that overlap on Hopper and later (programmatic dependent launch): a kernel starts while the last one ends.
+
+Only kernels of `few_rows`, `project_append`, `small_attention` and `gather_attention` are launched so; `OVERLAP` in
+their code says where. Each allows its successor to start after its main loop, when it has loaded nearly all that it
+will: then the successor takes room and bandwidth from nobody. That one asks the L2 for the first tiles of its weights
+(`small_attention`: for the front keys) and waits. Why all of this is safe:
+
+* **Before its wait a kernel only hints.** It reads nothing into a register or shared memory and writes nothing; the
+  compiled code is tested for that (`tests/kernels/test_compiles_for_hopper.py`). What a hint fetches cannot grow stale:
+  it stays in the L2, through which all multiprocessors write. So keys may be asked for that are still being written.
+* **The wait is for everything before.** `griddepcontrol.wait` waits until the kernel before has completed and its
+  writes are visible (PTX ISA, griddepcontrol). Every program of ours waits, so the kernel before had ended its own
+  wait: by induction all earlier kernels are done. So none reads too early, and none writes what another still reads,
+  scratch memory that the allocator hands out again included. No third kernel starts meanwhile: programs allow that
+  only after their own wait.
+* **Other kernels** (PyTorch's, cuBLAS's, our small ones) are launched without the attribute by which a kernel says that
+  it "will use programmatic means to resolve its stream dependency" (programmaticStreamSerialization, CUDA driver API).
+  So the edge before them is an ordinary one, "full completion of the upstream node, with memory visibility"
+  (cudaGraphEdgeData), whatever the kernel before allowed. Behind a kernel that allows nothing, ours start when all of
+  its programs have ended, and wait too.
+* **Arrival counters** are touched after the wait only. The last program of a tile zeroes its counter before its kernel
+  completes, so the next launch finds zeros. Nobody spins on a counter, so that programs which merely wait for their
+  turn can hold up nothing.
+
+The host decides in `overlapping`; this file imports no Triton, kernels use `overlap.triton`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_is_on = False
+
+
+def is_possible() -> bool:
+    """Whether the current device can: CUDA, compute capability 9.0 and up."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """In here launches overlap where the device can; meant for the capture of a CUDA graph and its rehearsal."""
+    global _is_on
+    before, _is_on = _is_on, is_possible()
+    try:
+        yield
+    finally:
+        _is_on = before
+
+
+def launch_options() -> dict[str, bool]:
+    """Arguments of a launch."""
+    return {"OVERLAP": True, "launch_pdl": True} if _is_on else {"OVERLAP": False}
