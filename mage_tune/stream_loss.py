@@ -152,7 +152,6 @@ class StreamLoss:
         self, model: nn.Module, batch: dict[str, Any], hidden: Tensor, head: nn.Module
     ) -> dict[str, Tensor]:
         settings = self.objective.sparse_distillation
-        row: RowStreams = batch["streams"]
         student = hidden[batch["sparse_from"]]
         loss = cross_entropy_sum(student, head, batch["sparse_target"], batch["sparse_weight"])
         if settings.kl_weight > 0:
@@ -165,12 +164,21 @@ class StreamLoss:
                 teacher_first=settings.direction == "teacher_to_student",
             )
             loss = loss + settings.kl_weight * divergence
-        # Blocks that predict something, numbered through the batch, and the length of their prefix.
-        blocks = (batch["teacher_from"] // row.block_size).unique()
-        number, block = blocks * row.block_size // (2 * row.length), blocks % (2 * row.length // row.block_size)
-        prefix = block if "first" not in batch else block - batch["first"][number, block]
-        is_sparse = prefix * row.block_size > (settings.budget or 0)
-        return {"sparse_distillation": loss, "sparse_share": is_sparse.sum() / max(len(blocks), 1)}
+        return {"sparse_distillation": loss, "sparse_share": self._sparse_share(batch)}
+
+    def _sparse_share(self, batch: dict[str, Any]) -> Tensor:
+        """Scalar: of the student's blocks that predict something, those that see less than their whole prefix."""
+        row: RowStreams = batch["streams"]
+        per_row = 2 * row.length // row.block_size  # blocks of [noisy ; clean], as `teacher_from` counts
+        shape, device = (len(batch["input_ids"]), per_row), batch["input_ids"].device
+        predicts = torch.zeros(shape, dtype=torch.bool, device=device)
+        predicts.view(-1)[batch["teacher_from"] // row.block_size] = True  # (a list of them would wait for the GPU)
+        prefix = torch.arange(per_row, device=device)
+        if "first" in batch:
+            first: Tensor = batch["first"]
+            prefix = prefix - first[:, prefix.clamp_max(first.shape[1] - 1)]
+        is_sparse = prefix * row.block_size > (self.objective.sparse_distillation.budget or 0)
+        return (predicts & is_sparse).sum() / predicts.sum().clamp_min(1)
 
     def _teacher_rows(self, model: nn.Module, batch: dict[str, Any], hidden: Tensor) -> Tensor:
         """(n, hidden) of the exact teacher, without gradient: this pass's noisy stream, or the untuned model's."""
@@ -200,4 +208,4 @@ def _sampled_attention(view: LayerView, rows: Tensor, batch: dict[str, Any]) -> 
     key = view.clean_key
     since = batch["first"].gather(1, blocks) if "first" in batch else None
     visible = prefix_visible(blocks, key.shape[2], key.shape[2] // rows.shape[2], since)[:, None]
-    return mean_probability(rows.gather(2, index), key, visible, view.scaling)
+    return mean_probability(rows.gather(2, index), key, visible, view.scaling, compiled=True)

@@ -14,6 +14,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from mage_tune.backbone import Backbone, attach_adapter, load_backbone, output_head, random_backbone
+from mage_tune.backbone import Backbone, attach_adapter, causal_lm, load_backbone, output_head, random_backbone
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator, length_bucket
 from mage_tune.data.mixture import build_mixture, preview
@@ -90,6 +92,8 @@ class MageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._saving_to: Path | None = None
+        self._unread: list[tuple[list[int], list[str], Tensor]] = []
+        """Of every micro-step since the last reading: its rows, and its terms by name and value."""
         self._step_rows: list[int] = []
         self._step_loss = 0.0
         self._guards = SpikeGuard("loss", LOSS_SPIKE), SpikeGuard("gradient norm", GRADIENT_SPIKE)
@@ -122,37 +126,50 @@ class MageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Weighted sum of the objective's terms for one micro-step.
+        """Weighted sum of the objective's terms for one micro-step; what they are is read at the end of the step."""
+        items = self.stream_loss.items(inputs) if num_items_in_batch is None else num_items_in_batch
+        with self.accelerator.autocast():  # the output head runs outside the model's own forward
+            sums = self.stream_loss.sums(model, inputs)
+        device = inputs["input_ids"].device
+        counts = items.to(device, torch.float32).clamp_min(1.0).unbind()
+        values = {name: sums[name] / count for name, count in zip(self.stream_loss.weights, counts, strict=True)}
+        if "sparse_share" in sums:
+            values["sparse_share"] = sums["sparse_share"] / self.args.gradient_accumulation_steps
+        self._unread.append((inputs["rows"], list(values), torch.stack([v.detach().float() for v in values.values()])))
+        if self.accelerator.distributed_type == DEEPSPEED:  # its backward pass may be followed by the optimizer at once
+            self._read_terms()
+        loss = torch.zeros((), device=device)
+        for name, weight in self.stream_loss.weights.items():
+            loss = loss + weight * values[name]
+        self._window["tokens"] += inputs["num_tokens"]
+        self._window["micro_steps"] += 1
+        # Distributed engines average gradients over processes; the sums above are already over all of them.
+        return loss * self.accelerator.num_processes
+
+    def _read_terms(self) -> None:
+        """Note what the terms of this optimizer step's micro-steps were.
+
+        Not before their backward passes are under way: a GPU would have nothing to do while the host reads.
 
         Raises:
             NonFiniteError: a term is NaN or infinite.
         """
-        self._step_rows += inputs["rows"].tolist()
-        items = self.stream_loss.items(inputs) if num_items_in_batch is None else num_items_in_batch
-        with self.accelerator.autocast():  # the output head runs outside the model's own forward
-            sums = self.stream_loss.sums(model, inputs)
-        loss = torch.zeros((), device=inputs["input_ids"].device)
-        for (name, weight), count in zip(self.stream_loss.weights.items(), items.tolist(), strict=True):
-            value = sums[name] / max(count, 1.0)
-            measured = value.item()
-            if not math.isfinite(measured):
-                raise NonFiniteError(self._about_step(f"{name} is {measured}", inputs["rows"].tolist()))
-            self._logged[name] += measured
-            self._step_loss += weight * measured
-            loss = loss + weight * value
-        if "sparse_share" in sums:
-            self._logged["sparse_share"] += sums["sparse_share"].item() / self.args.gradient_accumulation_steps
-        self._window["tokens"] += int(inputs["num_tokens"])
-        self._window["micro_steps"] += 1
-        # Distributed engines average gradients over processes; the sums above are already over all of them.
-        return loss * self.accelerator.num_processes
+        unread, self._unread = self._unread, []
+        for rows, names, values in unread:
+            self._step_rows += rows
+            for name, measured in zip(names, values.tolist(), strict=True):
+                if not math.isfinite(measured):
+                    raise NonFiniteError(self._about_step(f"{name} is {measured}", rows))
+                self._logged[name] += measured
+                self._step_loss += self.stream_loss.weights.get(name, 0.0) * measured
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm of this step, before the optimizer sees the gradient.
 
         Raises:
-            NonFiniteError: it is NaN or infinite.
+            NonFiniteError: it or a term of the loss is NaN or infinite.
         """
+        self._read_terms()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is None:  # the engine clips, and tells later
             return None
@@ -259,6 +276,21 @@ class HoldHead(TrainerCallback):
                 split.ds_persist = split.is_external_param = True
 
 
+class PrefetchLayers(TrainerCallback):
+    """Under FSDP2, has the weights of a layer gathered while the one after it is in its backward pass.
+
+    FSDP2 does so by itself, but forgets the order of the layers at the end of any backward pass, and the loss has one
+    of its own, from the logits, inside the forward pass.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine has taken over the weights by now."""
+        layers: Any = causal_lm(kwargs["model"]).model.layers
+        for before, layer in pairwise(layers):
+            if isinstance(layer, FSDPModule):
+                layer.set_modules_to_backward_prefetch([before])
+
+
 def leave_casts_to_autocast(model: nn.Module) -> None:
     """Stop LoRA layers from casting their inputs to the adapter's float32; autocast picks the precision.
 
@@ -306,6 +338,7 @@ def train(
     folder = Path(recipe.output or f"runs/{recipe.name}")
     micro_steps_per_process(recipe.train)  # before anything is loaded
     checkpoint = prepare_folder(folder, recipe)
+    take_own_gpu()
     backbone = load_recipe_backbone(recipe)
     loss = StreamLoss(recipe.objective)
     num_rows = recipe.train.steps * recipe.train.rows * recipe.train.accumulation
@@ -345,6 +378,16 @@ def train(
         save_adapter(model, folder, state)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def take_own_gpu() -> None:
+    """Let "cuda" mean this process's GPU before anything is loaded, or all processes would load on the first one.
+
+    accelerate chooses the same GPU, but with the training arguments, and those come after the model: once they are
+    there, transformers would load it in ZeRO-3's way.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def load_recipe_backbone(recipe: Recipe) -> Backbone:
@@ -461,7 +504,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """The recipe in transformers' terms."""
     settings = recipe.train
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.rows,
@@ -488,6 +531,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         accelerator_config={"dispatch_batches": False},  # a batch's tensors differ in length: it cannot be sliced
         ddp_find_unused_parameters=False,
     )
+    # One process that sees several GPUs uses its own: the Trainer would split rows over all of them (DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def build_trainer(
@@ -521,7 +567,7 @@ def build_trainer(
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead()],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers()],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -185,22 +185,29 @@ def baselines_table(file: str = "training_h100.json") -> str:
 
 
 def engines_table(file: str = "engines_h100.json") -> str:
-    """One and two GPUs, every engine that was run."""
+    """The same training on one and on several GPUs, every engine that was run."""
     if not (ROOT / "results" / file).exists():
         return "Not measured yet."
     record = json.loads((ROOT / "results" / file).read_text())
     lines = ["| engine | GPUs | layers | step | tokens/s | against one GPU | peak of a GPU | loss differs by at most |"]
     lines += ["|---|---:|---|" + "---:|" * 5]
-    for row in record["rows"]:
-        speedup = f"{row['speedup']:.2f}x" if row.get("speedup") else ""
-        differs = f"{row['largest_loss_difference']:.1g}" if row.get("largest_loss_difference") is not None else ""
+    rows = [row for row in record["rows"] if "error" not in row]
+    failed = [row["case"] for row in record["rows"] if "error" in row]
+    for row in rows:
+        speedup = f"{row['speedup']:.2f}x" if row["speedup"] else ""
+        differs = f"{row['largest_loss_difference']:.1g}" if row["largest_loss_difference"] is not None else ""
+        peak = f"{row['peak_gib']:.1f} GiB" if row["peak_gib"] is not None else ""
+        layers = row["kernels"] + (", recomputed" if row["checkpointing"] != "off" else "")
         lines.append(
-            f"| {row['engine']} | {row['gpus']} | {row['kernels']} | {row['step_s']:.2f} s "
-            f"| {row['tokens_per_s']:,.0f} | {speedup} | {row['peak_gib']:.1f} GiB | {differs} |"
+            f"| {row['engine']} | {row['gpus']} | {layers} | {row['step_s']:.2f} s "
+            f"| {row['tokens_per_s']:,.0f} | {speedup} | {peak} | {differs} |"
         )
+    timed = dict.fromkeys(str(row["steps_timed"]) for row in rows)
     about = (
         f"{record['model']} with random weights of its exact shape, {record['tokens_per_step']:,} tokens of data a "
-        f"step in rows of {record['length']}; against one GPU with the same layers, losses against one GPU of any."
+        f"step in rows of {record['length']}, the same for all; medians of {' or '.join(timed)} steps. Speed against "
+        "one GPU with the same layers, losses against one GPU with fused ones."
+        + (f" Failed, and the file says how: {', '.join(failed)}." if failed else "")
     )
     return "\n".join([*lines, "", f"{about} {made_with(record)}"])
 

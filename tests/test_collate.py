@@ -304,7 +304,7 @@ def test_positions_restart_in_every_stream_and_tokens_are_counted_once():
     batch = Collator(FAST, 0, mask_stream=True, sparse_stream=True)([example([1] * 7), example([1] * 3, row=5)])
     assert batch["position_ids"].tolist() == [list(range(8)) * 5] * 2
     assert batch["num_tokens"] == 10
-    assert batch["rows"].tolist() == [0, 5]
+    assert batch["rows"] == [0, 5]
     streams = batch["streams"]
     assert (streams.sparse, streams.mask, streams.noisy, streams.total) == (True, True, 2, 40)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from mage_tune.cli import main
 from mage_tune.engines import ENGINES, config_file
 from mage_tune.recipe import load_recipe, resolved_yaml
-from mage_tune.trainer import check_engine, micro_steps_per_process, train
+from mage_tune.trainer import check_engine, micro_steps_per_process, take_own_gpu, train, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "debug.yaml"
@@ -144,6 +145,26 @@ def test_fused_layers_on_two_processes_are_the_same_run_as_plain_ones_on_one(nam
     if name not in LAUNCHES:
         pytest.skip("needs deepspeed")
     assert_same_run(launched[name], alone)
+
+
+# --- which GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_every_process_loads_on_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    take_own_gpu()
+    for rank in ("0", "1", "3"):  # as accelerate does: modulo the GPUs that are there
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        take_own_gpu()
+    assert chosen == [0, 0, 1, 1]
+
+
+def test_one_process_trains_on_one_of_the_gpus_that_it_sees(monkeypatch):
+    monkeypatch.setattr("mage_tune.trainer.TrainingArguments", lambda **given: SimpleNamespace(n_gpu=4, _n_gpu=4))
+    assert training_arguments(load_recipe(RECIPE), Path())._n_gpu == 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_the_longest_first_into_the_first_row_with_room(tiny_backbone, make_exam
     batch = collator(examples)
     assert batch["first"].tolist() == [[0] * 6 + [6] * 4, [0] * 5 + [5] * 3 + [8] + [9]]
     assert batch["num_tokens"] == sum(length for length, _ in LENGTHS)
-    assert sorted(batch["rows"].tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(batch["rows"]) == [0, 1, 2, 3, 4]
     clean = batch["input_ids"][:, batch["streams"].offset("clean") :]
     for row, at, example in ((0, 0, 0), (0, 24, 4), (1, 0, 2), (1, 20, 1), (1, 32, 3)):
         ids = examples[example].input_ids

@@ -93,7 +93,7 @@ class Collator:
             loss_items, sparse_items: scalar float32, what the batch's diffusion and sparse losses are divided by
                 (the family's normaliser);
             first: (batch, blocks) int64, the first block of every block's example (only packed);
-            rows: (examples,) row numbers; num_tokens: scalar, data tokens before fill and streams.
+            rows: row numbers; num_tokens: data tokens before fill and streams. Both plain numbers, for the host.
         """
         size = self.family.block_size
         if self.pack_to is None:
@@ -106,8 +106,8 @@ class Collator:
             "input_ids": torch.from_numpy(np.stack([r["input_ids"] for r in made])),
             "position_ids": torch.from_numpy(np.stack([r["position_ids"] for r in made])),
             "streams": streams,
-            "rows": torch.tensor([e.row for e in examples]),
-            "num_tokens": torch.tensor(sum(len(e.input_ids) for e in examples)),
+            "rows": [e.row for e in examples],
+            "num_tokens": sum(len(e.input_ids) for e in examples),
             "is_counted": torch.from_numpy(np.stack([r["is_counted"] for r in made], axis=1)),
         }
         for kind in ("noisy", "sparse"):
