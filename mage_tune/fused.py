@@ -4,9 +4,12 @@ Between the matrix products a layer mostly moves bytes: PEFT adds each adapter's
 activations run one operation at a time in float32, and autograd keeps every intermediate. `fuse` gives the layers of a
 Llama, Qwen2 or Qwen3 with plain LoRA another training pass:
 
-- an adapter's output is accumulated into its layer's by the product itself, and the products that share an input
-  (q, k, v; gate, up) read it once for all their adapters;
-- norm, rotary positions and SwiGLU are one kernel each, forward and backward (compiled on a GPU, plain torch else);
+- an adapter costs its layer no pass over memory: the input x is widened to [x, A x], the weight to [W, s B], and one
+  product gives W x + s B A x; its transpose gives the gradients of x and of A x together. Layers that share an input
+  (q, k, v; gate, up) share the widened one. Ranks are padded with zeros to multiples of 8, which products of 16-bit
+  numbers need to be fast;
+- norm, rotary positions and SwiGLU are one kernel each, forward and backward (compiled on a GPU, plain torch else); the
+  gradient of the residual joins that of the norm inside it;
 - autograd keeps the residual stream, q, k, v, the attention's output, gate and up; the rest is made again in passing.
   That is about half of what the modules keep, which often lets a GPU do without recomputing products.
 
@@ -16,10 +19,10 @@ this way. What is recomputed in the backward pass is chosen by `Recompute`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -119,7 +122,7 @@ def layer_forward(
     attention, norm = layer.self_attn, layer.input_layernorm
     batch, length, _ = hidden.shape
     heads = (batch, length, -1, attention.head_dim)
-    projected = normed_linears(hidden, norm, [attention.q_proj, attention.k_proj, attention.v_proj])
+    *projected, hidden = normed_linears(hidden, norm, [attention.q_proj, attention.k_proj, attention.v_proj])
     query, key, value = (x.view(heads) for x in projected)
     if hasattr(attention, "q_norm"):  # Qwen3
         query, key = attention.q_norm(query), attention.k_norm(key)
@@ -127,8 +130,7 @@ def layer_forward(
     out = attend(attention.layer_idx, query, key, value.transpose(1, 2), attention.scaling)
     out = out.transpose(1, 2).reshape(batch, length, -1)
     (attended,) = normed_linears(out, None, [attention.o_proj])
-    hidden = hidden + attended
-    return hidden + feed_forward(hidden, layer.post_attention_layernorm, layer.mlp, recompute_mlp, skip_last)
+    return feed_forward(hidden + attended, layer.post_attention_layernorm, layer.mlp, recompute_mlp, skip_last)
 
 
 # --- linear layers with adapters --------------------------------------------------------------------------------------
@@ -186,7 +188,8 @@ def normed_linears(x: Tensor, norm: nn.Module | None, modules: Sequence[nn.Modul
         modules: linear layers, PEFT's or plain.
 
     Returns:
-        One (..., out) for each module.
+        One (..., out) for each module; with a norm also x, for the residual: taken from here, its gradient is added in
+        the norm's kernel.
     """
     linears, adapters = _opened(modules)
     gain = None if norm is None else (norm.weight, norm.variance_epsilon)
@@ -194,7 +197,7 @@ def normed_linears(x: Tensor, norm: nn.Module | None, modules: Sequence[nn.Modul
 
 
 def feed_forward(x: Tensor, norm: Any, mlp: Any, recompute: bool = False, skip_last: bool = False) -> Tensor:
-    """SwiGLU of the normalised input, with adapters: (..., hidden) -> (..., hidden); flags as in `layer_forward`."""
+    """x + SwiGLU of the normalised x, with adapters: (..., hidden) -> (..., hidden); flags as in `layer_forward`."""
     linears, adapters = _opened([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
     gain = (norm.weight, norm.variance_epsilon)
     return FeedForward.apply(x, gain, linears, computing_dtype(x), recompute, skip_last, *adapters)
@@ -217,32 +220,35 @@ class NormedLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, gain: Gain | None, linears: list[Frozen], dtype: torch.dtype, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         """The layers' outputs."""
+        flat = x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            flat = _normed(x.flatten(0, -2), gain, dtype)
-            outs, inner = project(flat, linears, adapters)
+            wide, own = widened(flat, inner_width(adapters), dtype)
+            _normed_into(own, flat, gain)
+            outs, inner = project(wide, linears, adapters)
         ctx.gain, ctx.linears, ctx.dtype = gain, linears, dtype
         ctx.save_for_backward(x, inner, *adapters)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        outs = [out.view(*x.shape[:-1], -1) for out in outs]
+        return tuple(outs) if gain is None else (*outs, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Gradients of the input and of every A and B."""
         x, inner, *adapters = ctx.saved_tensors
-        flat = x.flatten(0, -2)
+        flat, size = x.flatten(0, -2), x.shape[-1]
         with torch.autocast(x.device.type, enabled=False):
-            normed = _normed(flat, ctx.gain, ctx.dtype)
             outs = [grad.reshape(len(flat), -1) for grad in grads]
-            needs_input = ctx.needs_input_grad[0]
-            grad_in, grad_adapters = project_backward(outs, normed, inner, ctx.linears, adapters, needs_input)
-            if needs_input:
-                assert grad_in is not None
-                grad_in = _normed_backward(grad_in, flat, ctx.gain).view(x.shape)
-        return grad_in, None, None, None, *grad_adapters
+            residual = None if ctx.gain is None else outs.pop()
+            grad_wide = project_backward(outs, size, ctx.linears, adapters, ctx.dtype)
+            grad_normed = _input_gradient(grad_wide, size, adapters)
+            grad_in, normed = _normed_backward(grad_normed, flat, ctx.gain, residual)
+            inner_grads = grad_wide[:, size:]
+            grad_adapters = _adapter_gradients(outs, inner_grads, normed, inner, ctx.linears, adapters)
+        return grad_in.view(x.shape) if ctx.needs_input_grad[0] else None, None, None, None, *grad_adapters
 
 
 class FeedForward(torch.autograd.Function):
-    """See `feed_forward`. Kept: the input before its norm, and gate and up unless they are recomputed."""
+    """See `feed_forward`. Kept: input before its norm, inner vectors, and gate and up unless they are recomputed."""
 
     @staticmethod
     def forward(
@@ -257,110 +263,140 @@ class FeedForward(torch.autograd.Function):
     ) -> Tensor:
         """The output."""
         first = 2 * sum(linear.has_adapter for linear in linears[:2])
+        flat = x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            normed = _normed(x.flatten(0, -2), gain, dtype)
-            (gate, up), inner = project(normed, linears[:2], adapters[:first])
-            if skip_last:
-                out = normed
-            else:
-                ((out,), _) = project(fast(swiglu)(gate, up), linears[2:], adapters[first:])
+            gate, up, inner = _gate_and_up(flat, gain, linears, dtype, adapters[:first])
+            wide, own = widened(gate, inner_width(adapters[first:]), dtype)
+            fast(swiglu_into)(own, gate, up)
+            outs, last_inner = project(wide, linears[2:][: 1 - skip_last], adapters[first:])
+            out = flat + outs[0] if outs else flat
         ctx.gain, ctx.linears, ctx.dtype, ctx.first = gain, linears, dtype, first
-        ctx.save_for_backward(x, *(() if recompute else (gate, up, inner)), *adapters)
-        ctx.recompute = recompute
+        ctx.save_for_backward(x, last_inner, *((None,) * 3 if recompute else (gate, up, inner)), *adapters)
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Gradients of the input and of every A and B."""
-        x, *saved = ctx.saved_tensors
-        flat, first = x.flatten(0, -2), ctx.first
+        x, last_inner, gate, up, inner, *adapters = ctx.saved_tensors
+        flat, size, dtype = x.flatten(0, -2), x.shape[-1], ctx.dtype
+        adapters, pair = adapters[: ctx.first], adapters[ctx.first :]
         with torch.autocast(x.device.type, enabled=False):
-            normed = _normed(flat, ctx.gain, ctx.dtype)
-            if ctx.recompute:
-                adapters = saved
-                (gate, up), inner = project(normed, ctx.linears[:2], adapters[:first])
-            else:
-                gate, up, inner, *adapters = saved
-            last, pair, grads = ctx.linears[2:], adapters[first:], [grad.reshape(len(flat), -1)]
-            inner_grads = _inner_gradients(grads, last, pair)
-            grad_product = _input_gradient(grads, inner_grads, last, pair)
+            if gate is None:
+                gate, up, inner = _gate_and_up(flat, ctx.gain, ctx.linears, dtype, adapters)
+            residual = grad.reshape(len(flat), -1)
+            grads = [residual.to(dtype)]
+            grad_wide = project_backward(grads, gate.shape[1], ctx.linears[2:], pair, dtype)
+            inner_grads = grad_wide[:, gate.shape[1] :].contiguous()
+            grad_product = _input_gradient(grad_wide, gate.shape[1], pair)
             product, grad_gate, grad_up = fast(swiglu_backward)(grad_product, gate, up)
-            del grad_product, gate, up
-            last_inner = product @ pair[0].to(ctx.dtype).T if pair else inner_grads
-            grad_last = _adapter_gradients(grads, inner_grads, product, last_inner, last, pair)
+            del grad_wide, grad_product, gate, up
+            grad_last = _adapter_gradients(grads, inner_grads, product, last_inner, ctx.linears[2:], pair)
             del product
-            needs_input = ctx.needs_input_grad[0]
-            grad_in, grad_first = project_backward(
-                [grad_gate, grad_up], normed, inner, ctx.linears[:2], adapters[:first], needs_input
-            )
-            if needs_input:
-                assert grad_in is not None
-                grad_in = _normed_backward(grad_in, flat, ctx.gain).view(x.shape)
-        return grad_in, None, None, None, None, None, *grad_first, *grad_last
+            grads = [grad_gate, grad_up]
+            grad_wide = project_backward(grads, size, ctx.linears[:2], adapters, dtype)
+            grad_normed = _input_gradient(grad_wide, size, adapters)
+            grad_in, normed = _normed_backward(grad_normed, flat, ctx.gain, residual)
+            grad_first = _adapter_gradients(grads, grad_wide[:, size:], normed, inner, ctx.linears[:2], adapters)
+        grad_x = grad_in.view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None, None, *grad_first, *grad_last
 
 
-def project(x: Tensor, linears: Sequence[Frozen], adapters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _gate_and_up(
+    x: Tensor, gain: Gain, linears: Sequence[Frozen], dtype: torch.dtype, adapters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up, and their adapters' inner vectors."""
+    wide, own = widened(x, inner_width(adapters), dtype)
+    _normed_into(own, x, gain)
+    (gate, up), inner = project(wide, linears[:2], adapters)
+    return gate, up, inner
+
+
+def padded(rank: int) -> int:
+    """Columns that an adapter's inner vectors take: rows of 16-bit numbers must be multiples of 16 bytes."""
+    return -(-rank // 8) * 8
+
+
+def inner_width(adapters: Sequence[Tensor]) -> int:
+    """Columns of the inner vectors of some A and B, in order."""
+    return sum(padded(len(a)) for a in adapters[::2])
+
+
+def widened(x: Tensor, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for (n, in + inner) in the dtype of computation, and its first `in` columns, to be filled."""
+    wide = x.new_empty(len(x), x.shape[1] + inner, dtype=dtype)
+    return wide, wide[:, : x.shape[1]]
+
+
+def project(wide: Tensor, linears: Sequence[Frozen], adapters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Linear layers with adapters, without gradient.
 
     Args:
-        x: (n, in) in the dtype of computation.
+        wide: (n, in + inner): the input, and room for the adapters' inner vectors, which are written there.
         linears: layers that read it.
         adapters: A and B of those that have an adapter, in order.
 
     Returns:
-        (n, out) of each, and (n, sum of ranks) x times every A.
+        (n, out) of each, and (n, inner), the input times every A.
     """
-    dtype = x.dtype
-    firsts = [a.to(dtype) for a in adapters[::2]]
-    inner = x @ torch.cat(firsts).T if firsts else x.new_empty(len(x), 0)
-    outs, at, seconds = [], 0, iter(adapters[1::2])
-    for linear in linears:
-        out = F.linear(x, linear.weight(dtype), linear.bias(dtype))
-        if linear.has_adapter:
-            b = next(seconds)
-            out.addmm_(inner[:, at : at + b.shape[1]], (b * linear.scaling).to(dtype).T)
-            at += b.shape[1]
-        outs.append(out)
+    size = wide.shape[1] - inner_width(adapters)
+    inner = wide[:, :size] @ _firsts(adapters, wide.dtype).T if adapters else wide.new_empty(len(wide), 0)
+    wide[:, size:] = inner
+    weights = _wide_weights(linears, adapters, wide.dtype)
+    outs = [
+        F.linear(wide[:, : weight.shape[1]], weight, linear.bias(wide.dtype))
+        for linear, weight in zip(linears, weights, strict=True)
+    ]
     return outs, inner
 
 
 def project_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    inner: Tensor,
-    linears: Sequence[Frozen],
-    adapters: Sequence[Tensor],
-    needs_input: bool = True,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of `project`: of its input, (n, in), and of every A and B in their own dtype."""
-    inner_grads = _inner_gradients(grads, linears, adapters)
-    grad_adapters = _adapter_gradients(grads, inner_grads, x, inner, linears, adapters)
-    return (_input_gradient(grads, inner_grads, linears, adapters) if needs_input else None), grad_adapters
-
-
-def _inner_gradients(grads: Sequence[Tensor], linears: Sequence[Frozen], adapters: Sequence[Tensor]) -> Tensor:
-    """(n, sum of ranks) gradient of the adapters' inner vectors."""
-    seconds = iter(adapters[1::2])
-    parts = [
-        grad @ (next(seconds) * linear.scaling).to(grad.dtype)
-        for grad, linear in zip(grads, linears, strict=True)
-        if linear.has_adapter
-    ]
-    return torch.cat(parts, dim=1) if parts else grads[0].new_empty(len(grads[0]), 0)
-
-
-def _input_gradient(
-    grads: Sequence[Tensor], inner_grads: Tensor, linears: Sequence[Frozen], adapters: Sequence[Tensor]
+    grads: Sequence[Tensor], size: int, linears: Sequence[Frozen], adapters: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """The sum over layers of grad (W + scaling B A), each product added to the same buffer."""
-    dtype = grads[0].dtype
-    total = grads[0] @ linears[0].weight(dtype)
-    for grad, linear in zip(grads[1:], linears[1:], strict=True):
-        total.addmm_(grad, linear.weight(dtype))
-    if adapters:
-        total.addmm_(inner_grads, torch.cat([a.to(dtype) for a in adapters[::2]]))
+    """(n, in + inner) gradient of the widened input of `project`, whose own width is `size`."""
+    total = grads[0].new_empty(len(grads[0]), size + inner_width(adapters))
+    for number, (grad, weight) in enumerate(zip(grads, _wide_weights(linears, adapters, dtype), strict=True)):
+        part = total[:, : weight.shape[1]]
+        if number == 0:
+            torch.mm(grad, weight, out=part)
+            total[:, weight.shape[1] :] = 0
+        else:
+            part.addmm_(grad, weight)
     return total
+
+
+def _input_gradient(grad_wide: Tensor, size: int, adapters: Sequence[Tensor]) -> Tensor:
+    """(n, in) gradient of the input by way of the weights and of the adapters; in place."""
+    own = grad_wide[:, :size]
+    return own.addmm_(grad_wide[:, size:], _firsts(adapters, own.dtype)) if adapters else own
+
+
+def _firsts(adapters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(inner, in): every A, padded with rows of zeros."""
+    parts = []
+    for a in adapters[::2]:
+        parts.append(a)
+        if missing := padded(len(a)) - len(a):
+            parts.append(a.new_zeros(missing, a.shape[1]))
+    return torch.cat(parts).to(dtype)
+
+
+def _wide_weights(linears: Sequence[Frozen], adapters: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """(out, in + inner) of each layer: its weight, and its scaled B at its own place among zeros.
+
+    One at a time, as together they may be large. Layers without an adapter have (out, in).
+    """
+    inner, at, seconds = inner_width(adapters), 0, iter(adapters[1::2])
+    for linear in linears:
+        weight = linear.weight(dtype)
+        if linear.has_adapter:
+            b = next(seconds)
+            parts, end = [weight, (b * linear.scaling).to(dtype)], at + b.shape[1]
+            if b.shape[1] < inner:  # few launches: a small model's step waits for them
+                zeros = weight.new_zeros(len(weight), inner)
+                parts = [weight, zeros[:, :at], parts[1], zeros[:, end:]]
+            weight, at = torch.cat(parts, dim=1), at + padded(b.shape[1])
+        yield weight
 
 
 def _adapter_gradients(
@@ -374,16 +410,17 @@ def _adapter_gradients(
     """Gradients of every A and B, in order, in their own dtype."""
     if not adapters:
         return []
-    of_firsts = inner_grads.T @ x  # (sum of ranks, in)
+    of_firsts = inner_grads.T @ x  # (inner, in)
     found: list[Tensor] = []
     at, pairs = 0, iter(zip(adapters[::2], adapters[1::2], strict=True))
     for grad, linear in zip(grads, linears, strict=True):
         if not linear.has_adapter:
             continue
         a, b = next(pairs)
-        columns = slice(at, at + len(a))
-        found += [of_firsts[columns].to(a.dtype), (grad.T @ inner[:, columns]).to(b.dtype) * linear.scaling]
-        at += len(a)
+        rank, width = len(a), padded(len(a))
+        of_second = (grad.T @ inner[:, at : at + width])[:, :rank]
+        found += [of_firsts[at : at + rank].to(a.dtype), of_second.to(b.dtype) * linear.scaling]
+        at += width
     return found
 
 
@@ -391,26 +428,34 @@ def _adapter_gradients(
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+def _compiled(function: Any, strides: tuple[int, ...]) -> Callable[..., Any]:
+    # torch.compile learns for each code object which sizes and strides vary, and kernels for rows of any stride cannot
+    # tell that they are aligned. Code of its own for each set of strides leaves the number of rows alone to vary.
+    name = "_".join([function.__name__, *map(str, strides)])
+    return torch.compile(FunctionType(function.__code__.replace(co_name=name), function.__globals__, name))
 
 
 def fast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, one kernel on a GPU: compiled there at its first call for a width, for any number of rows."""
 
     def call(*args: Any) -> Any:
-        tensor = next(x for x in args if isinstance(x, Tensor))
-        return (_compiled(function) if tensor.is_cuda else function)(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if not tensors[0].is_cuda:
+            return function(*args)
+        return _compiled(function, tuple(x.stride(-2) for x in tensors if x.dim() > 1))(*args)
 
     return call
 
 
-def _normed(x: Tensor, gain: Gain | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if gain is None else fast(rms_norm)(x, gain[0], gain[1], dtype)
+def _normed_into(out: Tensor, x: Tensor, gain: Gain | None) -> None:
+    if gain is None:
+        out.copy_(x)
+    else:
+        fast(rms_norm_into)(out, x, *gain)
 
 
-def _normed_backward(grad: Tensor, x: Tensor, gain: Gain | None) -> Tensor:
-    return grad.to(x.dtype) if gain is None else fast(rms_norm_backward)(grad, x, *gain)
+def _normed_backward(grad: Tensor, x: Tensor, gain: Gain | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (grad.to(x.dtype), x.to(grad.dtype)) if gain is None else fast(rms_norm_backward)(grad, x, *gain, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -420,18 +465,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return (weight * (wide * scale).to(x.dtype)).to(dtype)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient of `rms_norm`'s input, in the input's dtype."""
+def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """`rms_norm`, written to `out`."""
+    out.copy_(rms_norm(x, weight, eps, out.dtype))
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `rms_norm`'s input and of the residual beside it, in the input's dtype; and the norm once more."""
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit, flowing = wide * scale, _wide(grad) * _wide(weight)
-    return (scale * (flowing - unit * (flowing * unit).mean(-1, keepdim=True))).to(x.dtype)
+    of_input = scale * (flowing - unit * (flowing * unit).mean(-1, keepdim=True)) + _wide(residual)
+    return of_input.to(x.dtype), (weight * unit.to(x.dtype)).to(grad.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     wide = _wide(gate)
     return (wide * torch.sigmoid(wide)).to(gate.dtype) * up
+
+
+def swiglu_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
+    """`swiglu`, written to `out`."""
+    out.copy_(swiglu(gate, up))
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:

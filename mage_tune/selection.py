@@ -6,7 +6,8 @@ positions of the block form R = G * B packed rows against that head's keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def prefix_visible(block: Tensor, length: int, block_size: int, first: Tensor | 
     return is_before if first is None else is_before & (position >= (first * block_size)[..., None])
 
 
-def mean_probability(rows: Tensor, key: Tensor, visible: Tensor, scaling: float) -> Tensor:
+def mean_probability(rows: Tensor, key: Tensor, visible: Tensor, scaling: float, *, compiled: bool = False) -> Tensor:
     """MAGE v2's score: softmax over the visible keys, averaged over the packed rows of a KV head.
 
     Args:
@@ -52,13 +53,26 @@ def mean_probability(rows: Tensor, key: Tensor, visible: Tensor, scaling: float)
         key: (batch, KV heads, N, D).
         visible: bool, broadcastable to (batch, 1, blocks, N); a block that sees nothing gets zeros.
         scaling: factor on the logits, 1 / sqrt(D).
+        compiled: on a GPU, few passes over the logits by kernels compiled for every shape: for training rows, whose
+            shapes are few.
 
     Returns:
         (batch, KV heads, blocks, N) float32, summing to 1 over N (0 where nothing is visible).
     """
-    logits = at_least_float32(torch.einsum("bhjrd,bhnd->bhjrn", rows, key)) * scaling
-    logits = logits.masked_fill(~visible.unsqueeze(-2), float("-inf"))
-    return logits.softmax(dim=-1).nan_to_num(0.0).mean(dim=-2)
+    logits = torch.einsum("bhjrd,bhnd->bhjrn", rows, key)
+    mean = _compiled_mean_softmax() if compiled and logits.is_cuda else mean_softmax
+    return mean(logits, visible, scaling)
+
+
+def mean_softmax(logits: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """`mean_probability` from the logits (batch, KV heads, blocks, R, N) before their scaling."""
+    wide = (at_least_float32(logits) * scaling).masked_fill(~visible.unsqueeze(-2), float("-inf"))
+    return wide.softmax(dim=-1).nan_to_num(0.0).mean(dim=-2)
+
+
+@cache
+def _compiled_mean_softmax() -> Callable[[Tensor, Tensor, float], Tensor]:
+    return torch.compile(mean_softmax, dynamic=False)
 
 
 def top_keys(score: Tensor, budget: int, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +122,7 @@ def choose_keys(
         since = None if first is None else first[:, some]
         visible = prefix_visible(blocks[..., some], key.shape[2], block_size, since)
         visible = visible if visible.dim() == 2 else visible[:, None]  # (batch, 1, blocks, N)
-        score = mean_probability(rows[:, :, start : start + chunk], key, visible, scaling)
+        score = mean_probability(rows[:, :, start : start + chunk], key, visible, scaling, compiled=True)
         parts.append(top_keys(score, budget, visible))
     return torch.cat([index for index, _ in parts], dim=2), torch.cat([kept for _, kept in parts], dim=2)
 

@@ -15,10 +15,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mage_tune.blocks import StreamLayout
@@ -112,22 +114,25 @@ class StreamAttention:
             RuntimeError: an alignment term would get no gradient from these queries.
         """
         row = self.streams
-        if self.observers and row.mask:
-            self._observe(layer, query, key, scaling)
-        if not row.sparse:
+        if not row.sparse and not self.observers:
             return exact_attention(query, key, value, row.exact, scaling, self._document_mask(row.exact))
-        if layer < self.dense_layers and self.student is None:
+        queries, keys, values = (cut(x, row) for x in (query, key, value))
+        if self.observers and row.mask:
+            self._observe(layer, queries, keys, scaling)
+        if layer < self.dense_layers and self.student is None and row.sparse:
             layout = StreamLayout(row.noisy + row.mask + 1, row.length, row.block_size)
             return exact_attention(query, key, value, layout, scaling, self._document_mask(layout))
-        own, documents = row.sparse_length, self._document_mask(row.exact)
-        exact = exact_attention(query[:, :, own:], key[:, :, own:], value[:, :, own:], row.exact, scaling, documents)
+        documents = self._document_mask(row.exact)
+        exact = exact_attention(queries["exact"], keys["exact"], values["exact"], row.exact, scaling, documents)
+        if not row.sparse:
+            return exact
         if layer < self.dense_layers:
             assert self.student is not None
             since = None if self.first is None else self.first.gather(1, self.student)
             student = blocks_attention(query, key, value, row, self.student, scaling, since)
         else:
             budget = self.layer_budgets.get(layer, self.budget)
-            student = self._sparse(query, key, value, scaling, budget)
+            student = self._sparse(queries, keys, values, scaling, budget)
         return torch.cat([student, exact], dim=2)
 
     def mean_over_layers(self, name: str) -> Tensor:
@@ -148,56 +153,94 @@ class StreamAttention:
             self._documents[layout] = Documents(self.first, layout)
         return self._documents[layout]
 
-    def _rows(self, query: Tensor, num_kv_heads: int, name: str, view: int = 0) -> Tensor:
-        row, start = self.streams, self.streams.offset(name, view)
-        length = row.sparse_length if name == "sparse" else row.length
-        return packed_rows(query[:, :, start : start + length], num_kv_heads, row.block_size)
-
-    def _observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def _observe(self, layer: int, queries: Streams, keys: Streams, scaling: float) -> None:
         due = {name: observer for name, (first_layer, observer) in self.observers.items() if layer >= first_layer}
         if not due:
             return
-        if self.needs_gradient and not query.requires_grad:
+        if self.needs_gradient and not queries["mask"].requires_grad:
             raise RuntimeError(
                 f"layer {layer}: queries carry no gradient, so alignment terms would train nothing "
                 "(re-entrant checkpointing, or no adapter at or before this layer's q_proj)"
             )
-        heads = key.shape[1]
+        heads, size = keys["clean"].shape[1], self.streams.block_size
         view = LayerView(
-            self._rows(query, heads, "mask"),
-            tuple(self._rows(query, heads, "noisy", i) for i in range(self.streams.noisy)),
-            key[:, :, self.streams.offset("clean") :],
+            packed_rows(queries["mask"], heads, size),
+            tuple(packed_rows(queries[f"noisy {i}"], heads, size) for i in range(self.streams.noisy)),
+            keys["clean"],
             scaling,
         )
         for name, observer in due.items():
             value = observer(view)  # also in the recomputation, which must repeat the same operations
             self.observed[name].setdefault(layer, value)
 
-    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, budget: int) -> Tensor:
-        row, heads = self.streams, key.shape[1]
-        clean = row.offset("clean")
+    def _sparse(self, queries: Streams, keys: Streams, values: Streams, scaling: float, budget: int) -> Tensor:
+        row, key, value = self.streams, keys["clean"], values["clean"]
+        heads, size = key.shape[1], row.block_size
         with torch.no_grad():
-            blocks = torch.arange(row.length // row.block_size, device=query.device)
-            mask_rows = self._rows(query, heads, "mask")
+            blocks = torch.arange(row.length // size, device=key.device)
+            mask_rows = packed_rows(queries["mask"], heads, size)
             if self.student is not None:
                 blocks = self.student
                 at = blocks[:, None, :, None, None].expand(-1, heads, -1, *mask_rows.shape[3:])
                 mask_rows = mask_rows.gather(2, at)
             since = self.first if self.first is None or self.student is None else self.first.gather(1, self.student)
-            index, kept = choose_keys(
-                mask_rows, key[:, :, clean:], blocks, row.block_size, budget, scaling, first=since
-            )
-        own = slice(0, row.sparse_length)
+            index, kept = choose_keys(mask_rows, key, blocks, size, budget, scaling, first=since)
         out = sparse_block_attention(
-            self._rows(query, heads, "sparse"),
-            gather_keys(key[:, :, clean:], index),
-            gather_keys(value[:, :, clean:], index),
+            packed_rows(queries["sparse"], heads, size),
+            gather_keys(key, index),
+            gather_keys(value, index),
             kept,
-            packed_rows(key[:, :, own], heads, row.block_size),
-            packed_rows(value[:, :, own], heads, row.block_size),
+            packed_rows(keys["sparse"], heads, size),
+            packed_rows(values["sparse"], heads, size),
             scaling,
         )
-        return unpacked_rows(out, query.shape[1], row.block_size)
+        return unpacked_rows(out, queries["sparse"].shape[1], size)
+
+
+Streams = dict[str, Tensor]
+"""(batch, heads, n, D) parts of a row by name: "exact" (all but the sparse one), and every stream alone."""
+
+
+def cut(x: Tensor, row: RowStreams) -> Streams:
+    """The streams of (batch, heads, total, D), noisy ones as "noisy 0" and so on."""
+    begins = {"mask": row.offset("mask")} if row.mask else {}
+    begins |= {f"noisy {view}": row.offset("noisy", view) for view in range(row.noisy)} | {"clean": row.offset("clean")}
+    spans = {"exact": (row.sparse_length, row.total)}
+    spans |= {name: (start, start + row.length) for name, start in begins.items()}
+    if row.sparse:
+        spans["sparse"] = (0, row.sparse_length)
+    return dict(zip(spans, Parts.apply(x, *spans.values()), strict=True))
+
+
+class Parts(torch.autograd.Function):
+    """x[:, :, start:end] for some (start, end).
+
+    Their gradients are added up in one buffer. Slices would each fill a buffer of their own, to be added afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *spans: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The parts."""
+        ctx.set_materialize_grads(False)
+        ctx.spans, ctx.layout = spans, (x.shape, x.stride())
+        return tuple(x[:, :, start:end] for start, end in spans)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Their sum; the first part in use, the longest, is copied."""
+        total = None
+        for (start, end), grad in zip(ctx.spans, grads, strict=True):
+            if grad is None:
+                continue
+            if total is None:
+                total = grad.new_empty_strided(*ctx.layout)
+                total[:, :, :start] = 0
+                total[:, :, start:end] = grad
+                total[:, :, end:] = 0
+            else:
+                total[:, :, start:end] += grad
+        return total, *(None for _ in ctx.spans)
 
 
 def sparse_block_attention(
@@ -297,8 +340,16 @@ def exact_attention(
     """
     if query.is_cuda and layout.is_tiled:
         mask = layout.block_mask(query.device) if documents is None else documents.block_mask
-        return _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+        options = FLEX_OPTIONS.get(query.shape[-1])
+        return _compiled_flex()(
+            query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
+        )
     return _attention_per_stream(query, key, value, layout, scaling, documents)
+
+
+_SQUARE = {"bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_num_stages": 2, "bwd_num_warps": 4}
+FLEX_OPTIONS: dict[int, dict[str, Any]] = {64: {"fwd_BLOCK_N": 64, "fwd_num_stages": 4} | _SQUARE, 128: _SQUARE}
+"""Head dimension -> tiles of FlexAttention, where others than PyTorch's were faster on an H100 (docs/training.md)."""
 
 
 @lru_cache(maxsize=1)

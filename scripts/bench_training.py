@@ -52,6 +52,7 @@ from mage_tune.backbone import hidden_states, output_head  # noqa: E402
 from mage_tune.blocks import StreamLayout  # noqa: E402
 from mage_tune.data.mixture import build_mixture  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
+from mage_tune.fused import padded  # noqa: E402
 from mage_tune.plan import plan  # noqa: E402
 from mage_tune.plan.estimate import Estimate  # noqa: E402
 from mage_tune.plan.shape import read_model  # noqa: E402
@@ -76,11 +77,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         architecture="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28,
         num_heads=12, num_kv_heads=2, head_dim=128, tie_embeddings=True, max_positions=131072,
     ),
-    "smollm2-135m-convert": dict(
+    "smollm2-135m": dict(
         architecture="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30,
         num_heads=9, num_kv_heads=3, head_dim=64, tie_embeddings=True, max_positions=8192,
     ),
 }  # fmt: skip
+SHAPES["smollm2-135m-convert"] = SHAPES["smollm2-135m"]
 """Shapes of the models that the recipes name."""
 TINY: dict[str, Any] = dict(
     architecture="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
@@ -129,6 +131,7 @@ def all_cases() -> list[Case]:
         ]  # fmt: skip
     cases += [
         Case("smollm2-convert", "smollm2-135m-convert", {"train.kernels": "fused"}, steps=10, profiled=True),
+        Case("smollm2-tune", "smollm2-135m", FUSED, steps=5, profiled=True),
         Case("smollm2-convert-plain", "smollm2-135m-convert", {"train.kernels": "plain"}, steps=10),
         # The issue's bars: 64K tokens of data a step.
         Case("1.5b-64k", "1.5b", FUSED | {"train.rows": 2, "train.accumulation": 8}, steps=10),
@@ -360,7 +363,11 @@ def part_of(kernel: str, shapes: Sequence[Any] | None, rank: int, vocabulary: in
     found = next((part for part, pattern in KERNELS if pattern.search(kernel)), "glue")
     is_product = found == "linear layers" or kernel in ("aten::mm", "aten::addmm", "aten::bmm")
     if is_product:
-        return "LoRA" if sizes & {rank, 2 * rank, 3 * rank} else "linear layers"
+        return (
+            "LoRA"
+            if sizes & {count * size for count in (1, 2, 3) for size in (rank, padded(rank))}
+            else "linear layers"
+        )
     return found
 
 

@@ -29,12 +29,16 @@ OBJECTIVE = Objective.model_validate(
         "sparse_distillation": {"weight": 2.0, "budget": 8, "dense_layers": 1},
     }
 )
+EVERY_KEY = OBJECTIVE.model_copy(
+    update={"sparse_distillation": OBJECTIVE.sparse_distillation.model_copy(update={"budget": 64})}
+)
+"""The student keeps all keys: rounding cannot make it choose others, which would be a jump."""
 MODES = [("nothing", False), ("mlp", False), ("layer", False), ("layer", True)]
 
 
-def gradients(model, batch) -> dict[str, Tensor]:
+def gradients(model, batch, objective=OBJECTIVE) -> dict[str, Tensor]:
     """The objective's sums under "sum ...", and the gradient of every trained parameter."""
-    sums = StreamLoss(OBJECTIVE).sums(model.train(), batch)
+    sums = StreamLoss(objective).sums(model.train(), batch)
     sum(value for name, value in sums.items() if name != "sparse_share").backward()
     found = {f"sum {name}": value.detach() for name, value in sums.items()}
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -87,10 +91,55 @@ def test_adapters_on_some_layers(pair, targets):
     assert ours.keys() == plain.keys()
 
 
+@pytest.mark.parametrize("rank", [1, 5, 8, 36])
+@pytest.mark.parametrize("recompute", ["nothing", "layer"])
+def test_ranks_that_are_no_multiples_of_eight(pair, rank, recompute):
+    plain, ours = pair(lambda m: fuse(m, recompute), rank=rank)
+    assert_equal(plain, ours, 1e-5)
+
+
+def test_products_see_rows_of_whole_16_bytes(tiny_backbone, tiny_adapter, monkeypatch):
+    """Else cuBLAS falls back to the slower kernels of older GPUs."""
+    model = tiny_adapter(tiny_backbone("converted", num_layers=1), rank=5).bfloat16()
+    fuse(model)
+    operands: list[Tensor] = []
+    for name in ("mm", "addmm_", "__matmul__"):
+        owner = torch if name == "mm" else Tensor
+        product = getattr(owner, name)
+
+        def seen(*args, product=product, **kwargs):
+            operands.extend([*args, *kwargs.values()])
+            return product(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, seen)
+    ids, row = torch.full((1, 64), 7), RowStreams(32, 4, noisy=1)
+    hidden_states(model.train(), ids, torch.arange(64)[None], StreamAttention(row).attend).sum().backward()
+    assert len(operands) > 40
+    assert {max(x.stride()) % 8 for x in operands if x.dim() == 2} == {0}
+
+
 def test_rank_stabilised_scaling_and_the_mask_embedding(pair):
     plain, ours = pair(fuse, rslora=True, train_mask_embedding=True)
     assert_equal(plain, ours, 1e-5)
     assert any("token_adapter" in name for name in ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_compiled_kernels_give_the_gradients_of_a_cpu(tiny_backbone, tiny_adapter, make_examples):
+    """For several numbers of rows, so that kernels for any number are compiled too."""
+    for lengths in ((24, 20), (40, 36), (56, 52)):
+        found = []
+        for device in ("cpu", "cuda"):
+            backbone = tiny_backbone("converted")
+            model = tiny_adapter(backbone, rank=5).to(device)
+            fuse(model)
+            batch = Collator(backbone.family, 0, **StreamLoss(EVERY_KEY).collator_needs())(
+                make_examples(*((length, 3) for length in lengths))
+            )
+            batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            found.append({name: x.cpu() for name, x in gradients(model, batch, EVERY_KEY).items()})
+        assert_equal(*found, 1e-3)
 
 
 def test_offloaded_inputs_of_plain_layers_change_nothing(pair):
@@ -114,7 +163,7 @@ def test_under_autocast_gradients_are_as_near_to_exact_ones(tiny_backbone, tiny_
             change(model)
         batch = Collator(backbone.family, 0, **StreamLoss(OBJECTIVE).collator_needs())(make_examples((24, 3)))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return gradients(model, batch)
+            return gradients(model, batch, EVERY_KEY)
 
     exact = found(torch.float64)
 
@@ -133,7 +182,8 @@ def test_elementwise_gradients_are_derivatives():
     x, gate, up, grad = torch.randn(4, 5, 12, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.rand(12, generator=generator, dtype=torch.float64) + 0.5
     (expected,) = torch.autograd.grad(rms_norm(x, weight, 1e-6, torch.float64), x, grad)
-    torch.testing.assert_close(rms_norm_backward(grad, x, weight, 1e-6), expected)
+    normed = rms_norm(x, weight, 1e-6, torch.float64)
+    torch.testing.assert_close(rms_norm_backward(grad, x, weight, 1e-6, up), (expected + up, normed))
     of_gate, of_up = torch.autograd.grad(swiglu(gate, up), (gate, up), grad)
     torch.testing.assert_close(swiglu_backward(grad, gate, up), (swiglu(gate, up), of_gate, of_up))
 

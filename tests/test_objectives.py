@@ -127,6 +127,70 @@ def test_chunks_change_neither_value_nor_gradient(num_rows, chunk):
         torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_under_bfloat16_are_as_near_to_exact_ones_as_plain_cross_entropy_s(rng):
+    """The error of bfloat16 against float64, of rows and of a trained head; the loss is scaled as a step scales it."""
+    vocab, rows = 300, 200
+    hidden, weight = rng.normal(size=(rows, 16)), rng.normal(size=(vocab, 16))
+    targets, weights = torch.from_numpy(rng.integers(0, vocab, rows)), tensor(rng.uniform(0.5, 2, rows))
+
+    def found(dtype: torch.dtype, loss) -> list[Tensor]:
+        head = nn.Linear(16, vocab, bias=False)
+        head.weight = nn.Parameter(tensor(weight).to(torch.bfloat16).to(dtype))
+        states = tensor(hidden).to(torch.bfloat16).to(dtype).requires_grad_()
+        (loss(states, head) / 77).backward()
+        return [states.grad.double(), head.weight.grad.double()]
+
+    def plain(states: Tensor, head: nn.Linear) -> Tensor:
+        logits = head(states)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return (F.cross_entropy(wide, targets, reduction="none") * weights).sum()
+
+    exact = found(torch.float64, plain)
+    theirs = found(torch.bfloat16, plain)
+    ours = found(torch.bfloat16, lambda states, head: cross_entropy_sum(states, head, targets, weights))
+    for right, a, b in zip(exact, ours, theirs, strict=True):
+        assert 0 < (a - right).norm() < 1.2 * (b - right).norm()
+
+
+def test_a_frozen_head_and_evaluation_make_only_the_gradients_they_need(rng, head):
+    hidden, targets = rng.normal(size=(ROWS, HIDDEN)), torch.from_numpy(rng.integers(0, VOCAB, ROWS))
+    rows = tensor(hidden, grad=True)
+    with torch.no_grad():
+        value = cross_entropy_sum(rows, head, targets, torch.ones(ROWS))
+    assert not value.requires_grad
+    head.requires_grad_(False)
+    assert not cross_entropy_sum(tensor(hidden), head, targets, torch.ones(ROWS)).requires_grad
+    loss = cross_entropy_sum(rows, head, targets, torch.ones(ROWS))
+    loss.backward()
+    assert loss.item() == value.item()
+    assert rows.grad.abs().max() > 0
+    assert head.weight.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("loss", ["cross-entropy", "teacher first", "student first"])
+def test_compiled_losses_equal_those_of_a_cpu(loss):
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(64, 1000, bias=False).requires_grad_(False)
+    states, teacher = torch.randn(2, 70, 64, generator=generator)
+    targets, weights = torch.randint(1000, (70,), generator=generator), torch.rand(70, generator=generator)
+
+    def found(device: str) -> list[Tensor]:
+        rows, others = states.to(device).requires_grad_(), (x.to(device) for x in (teacher, targets, weights))
+        other, target, weight = others
+        on_device = head.to(device)
+        if loss == "cross-entropy":
+            value = cross_entropy_sum(rows, on_device, target, weight, chunk=32)
+        else:
+            value = kl_sum(rows, other, on_device, weight, teacher_first=loss == "teacher first", chunk=32)
+        value.backward()
+        return [value.detach().cpu(), rows.grad.cpu()]
+
+    for ours, expected in zip(found("cuda"), found("cpu"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_no_rows_are_a_zero_that_can_be_trained_on(head):
     """A row in which noise hid nothing must not stop the run."""
     model_output = torch.randn(3, HIDDEN, requires_grad=True)

@@ -72,6 +72,24 @@ def test_a_block_without_prefix_scores_nothing_and_gives_no_nan_gradient(query_a
     assert rows.grad[:, :, 1:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_compiled_probabilities_and_their_gradients_are_those_of_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    for length in (LENGTH, 2 * LENGTH):
+        rows = torch.randn(2, KV_HEADS, BLOCKS, 6, 8, generator=generator)
+        key = torch.randn(2, KV_HEADS, length, 8, generator=generator)
+        found = []
+        for device in ("cpu", "cuda"):
+            inputs = [x.to(device).requires_grad_() for x in (rows, key)]
+            visible = prefix_visible(torch.arange(BLOCKS, device=device), length, SIZE)
+            score = mean_probability(*inputs, visible, 0.35, compiled=True)
+            score.square().sum().backward()
+            found.append([score.detach().cpu(), *(x.grad.cpu() for x in inputs)])
+        for ours, expected in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_prefix_ends_before_the_block():
     visible = prefix_visible(torch.tensor([[0, 2], [1, 3]]), 8, 2)
     assert visible.sum(-1).tolist() == [[0, 4], [2, 6]]

@@ -11,7 +11,7 @@ from mage_tune.data.collate import Collator
 from mage_tune.objectives import block_mean_queries, query_alignment_sum
 from mage_tune.recipe_schema import AttentionAlignment, Objective, QueryAlignment, SparseDistillation
 from mage_tune.stream_loss import StreamLoss
-from mage_tune.streams import LayerView, RowStreams, StreamAttention, exact_attention
+from mage_tune.streams import LayerView, RowStreams, StreamAttention, cut, exact_attention
 from mage_tune.trainer import enable_checkpointing
 
 BATCH, HEADS, KV_HEADS, DIM, SIZE, LENGTH, SCALING = 2, 4, 2, 8, 4, 24, 0.4
@@ -34,6 +34,41 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
     logits = (query @ key.transpose(-1, -2) * SCALING).masked_fill(~mask, float("-inf"))
     return logits.softmax(-1) @ value
+
+
+# --- streams of a row ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RowStreams(LENGTH, SIZE),
+        RowStreams(LENGTH, SIZE, mask=True, noisy=2),
+        RowStreams(LENGTH, SIZE, sparse=True, mask=True),
+        RowStreams(LENGTH, SIZE, sparse=True, mask=True, noisy=0, student_blocks=2),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cut_streams_and_the_sum_of_their_gradients_are_those_of_slices(row, transposed):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, row.total, HEADS, DIM, generator=generator, dtype=torch.float64).transpose(1, 2)
+    x = (x if transposed else x.contiguous()).requires_grad_()
+    starts = {"mask": row.offset("mask")} if row.mask else {}
+    starts |= {f"noisy {i}": row.offset("noisy", i) for i in range(row.noisy)} | {"clean": row.offset("clean")}
+    slices = {"exact": x[:, :, row.sparse_length :]}
+    slices |= {name: x[:, :, start : start + LENGTH] for name, start in starts.items()}
+    slices |= {"sparse": x[:, :, : row.sparse_length]} if row.sparse else {}
+    parts = cut(x, row)
+    assert parts.keys() == slices.keys()
+    for used in (parts.keys(), parts.keys() - {"exact"}, {"clean"}):
+        weights = {name: torch.randn(slices[name].shape, generator=generator, dtype=torch.float64) for name in used}
+        ours, theirs = (
+            torch.autograd.grad(sum((some[name] * weights[name]).sum() for name in used), x, retain_graph=True)[0]
+            for some in (parts, slices)
+        )
+        torch.testing.assert_close(ours, theirs)
+        assert ours.stride() == x.stride()
+    assert all(parts[name].equal(part) for name, part in slices.items())
 
 
 # --- attention of a row ----------------------------------------------------------------------------------------------

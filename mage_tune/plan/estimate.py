@@ -5,7 +5,7 @@ times tokens of all streams, times layers (or, with checkpointing, the layer's i
 layer). The peak is where the loss starts its backward pass, or where the first layer is recomputed. No constant is
 fitted. Against runs on one H100 (torch 2.11, transformers 5.17, peak_gib of the caching allocator):
 
-    rows x streams x tokens, rank                                     measured   predicted
+    rows x streams x tokens, rank                                     measured   predicted then
     SmolLM2-135M, plain layers
     16 x 2 x 2048, 36, mask embedding (conversion)                    44.8 GiB   44.7 (-0.4 %)
     8 x 3 x 2048, 32, query and attention alignment                   38.8 GiB   38.0 (-2.2 %)
@@ -17,9 +17,10 @@ fitted. Against runs on one H100 (torch 2.11, transformers 5.17, peak_gib of the
     1.5B, 1 x 3.25 x 4096 (recipe) and 2 x 3.25 x 4096          27.5, 51.4 GiB   27.6, 50.1 (+0.5, -2.6 %)
     7B, 1 x 3.25 x 4096 (recipe)                                63.5 - 64.0 GiB   62.9 (-0.9 to -1.7 %)
 
-The KL part was off in all of them (on the third line it would add 0.9 GiB), and none recomputes activations: what
-`train.checkpointing` saves, offload and 4-bit weights are counted the same way and not yet compared with a measurement
-on a GPU (the tests compare them with what autograd keeps).
+All of them were at their peak in the loss, when a logit of a chunk took 12 bytes; it takes 2 now, its gradient in the
+same place. The KL part was off, and none recomputes activations: what `train.checkpointing` saves, offload and 4-bit
+weights are counted the same way and not yet compared with a measurement on a GPU (the tests compare them with what
+autograd keeps).
 
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of
 other cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels
@@ -27,9 +28,8 @@ profiled there (results/training_h100.json), the terms as bytes of their operato
 behind the device's work only in part. What the profiles tell is a constant with its source. Four are fitted to steps
 of SmolLM2 on that H100: `TRAFFIC` to conversion with plain layers and 16 rows (0.541 s), `LAUNCH_S` to the same with 4
 rows (0.24 s), `LAUNCH_PER_TERM` to the third line above (0.47 s a micro-step), `OVERLAP` to conversion with fused
-layers (0.331 s). Seconds, measured and predicted: 1.5B recipe with two micro-steps 0.833, 0.817; with 8 of 2 rows
-5.84, 5.51; 7B with two 2.14, 2.02; with 16 17.0, 16.2; the second line above 0.495, 0.50 a micro-step. The SmolLM2
-recipe takes 1.26 and is given 1.08 (-14 %); no profile of it says where the rest goes.
+layers (0.331 s). They were fitted before adapters were widened into their layers' products, and before loss, scores and
+cuts took a third of their passes over memory; how far the counts of those are right is to be measured.
 
 FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that repeats or measures
 (recompute, weight gradients of the adapter, sparse scoring, the teacher's pass) takes time and does not count for
@@ -39,6 +39,7 @@ utilisation.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from typing import Any
 from mage_tune.blocks import TILE, round_up
 from mage_tune.data.collate import Collator
 from mage_tune.families import Family
+from mage_tune.fused import padded
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
@@ -62,21 +64,21 @@ FLEX_SHARE = (307 / 989, 193 / 989)
 """FlexAttention's forward and backward rate over the peak, as profiled in 7B's micro-step of rows of 4096 tokens."""
 BANDWIDTH_SHARE = 0.8
 """Bandwidth of elementwise kernels over the data sheet's; SwiGLU's two are profiled at 0.76 and 0.87."""
-LORA_SHARE, UNALIGNED_LORA_SHARE = 2.13 / 3.35, 1.58 / 3.35
+LORA_SHARE = 2.13 / 3.35
 """The same of fused layers' adapter products, which wait for memory: profiled at 2.13 (7B) and 2.11 TB/s (1.5B) for
-rank 32, and at 1.58 for rank 36 (SmolLM2's conversion), whose rows are not multiples of 16 bytes."""
-LOGIT_BYTES = 75
-"""Read and written per logit, made twice: profiled at 77 (SmolLM2) and 73 (7B) at `BANDWIDTH_SHARE`."""
+rank 32."""
+LOGIT_PASSES, KL_PASSES = 5, 6
+"""Times that a 16-bit logit is read or written: projected, read, turned into its gradient, read for the input's (the
+kernel's further reads of a row come from its cache). KL to a teacher: the same, and the teacher's, written and read."""
 TRAFFIC = 22.3
 """Times a kept byte is read or written in forward and backward; fitted, see the module's docstring."""
 LAUNCH_S, LAUNCH_PER_TERM = 0.0075, 1 / 6
 """Seconds the host needs per layer and micro-step, and what each auxiliary term adds to it; fitted likewise."""
 OVERLAP = 3
 """Power of the mean that host and device take together: the host is ahead in long kernels and late in short ones."""
-ALIGNMENT_PASSES, SCORING_PASSES, KL_PASSES = 22, 11, 46
-"""Times that attention alignment (on either side) and sparse scoring read or write a float32 score, and the KL to a
-teacher a float32 logit; counted."""
-CUT_PASSES = {"alignment": 10, "sparse": 20}
+ALIGNMENT_PASSES, SCORING_PASSES = 8, 3
+"""Times that attention alignment (on either side) and sparse scoring read or write a 16-bit score; counted."""
+CUT_PASSES = {"alignment": 5, "sparse": 6}
 """Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
@@ -213,7 +215,7 @@ class Estimate:
 
         Per token: float32 input of both norms; their output where adapters read it; q, k, v, attention output and
         log-sum-exp; gate, silu, up and, where an adapter reads it, their product; the adapters' inner vectors. Fused
-        layers keep the inputs of both norms as they are, q, k, v, attention output, gate, up and inner vectors.
+        layers keep the inputs of both norms as they are, q, k, v, attention output, gate, up and inner vectors, padded.
         """
         if self.is_fused:
             return self._fused_bytes(gate_and_up=not self.is_mlp_recomputed)
@@ -233,11 +235,11 @@ class Estimate:
         return 4 * (self.shape.query_size + self.shape.key_size) * self.shape.head_norms
 
     def _fused_bytes(self, *, gate_and_up: bool) -> float:
-        shape, size, targets = self.shape, self.compute_bytes, set(self._targets) - {"down_proj"}
+        shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
         attention = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_heads
         kept = 2 * self.residual_bytes * shape.hidden_size + attention + self._head_norm_bytes
         kept += 2 * size * shape.intermediate_size * gate_and_up
-        kept += size * self._rank * len(targets if gate_and_up else targets - {"gate_proj", "up_proj"})
+        kept += size * padded(self._rank) * len(targets if gate_and_up else targets - {"gate_proj", "up_proj"})
         return float(self.tokens * kept)
 
     def _terms_bytes(self) -> float:
@@ -281,11 +283,13 @@ class Estimate:
         sparse = self.recipe.objective.sparse_distillation
         logits = min(CHUNK, max(self._predictions(), 1.0)) * shape.vocab_size
         student = min(CHUNK, max(self._masked_share() * self.rows * self.row.sparse_length, 1.0)) * shape.vocab_size
-        # log-softmax, its gradient's input and output in float32; KL holds both sides, their ratio and product
-        yield "cross-entropy of a chunk", 12 * logits
+        # Its gradient takes the place of the logits; KL holds the teacher's beside them. A tied head whose mask row is
+        # trained holds its merged weight and the gradients of both.
+        trained = 3 * self.weight_bytes * shape.vocab_size * shape.hidden_size * self._trains_head
+        yield "cross-entropy of a chunk", size * logits + trained
         if sparse.weight > 0:
             if sparse.kl_weight > 0:
-                yield "KL of a chunk", 20 * student
+                yield "KL of a chunk", 2 * size * student + trained
             keys = self.row.length * SCORED_BLOCKS * self.row.block_size
             yield "sparse scoring", self.rows * shape.num_heads * keys * (8 + size)
         # in the feed-forward: gradients by way of weight and adapter, and their sum; the residual's on either side.
@@ -293,6 +297,10 @@ class Estimate:
         wide = (4 + 2 * self.is_mlp_recomputed) if self.is_fused else 3
         backward = self.tokens * (wide * size * shape.intermediate_size + 2 * self.residual_bytes * shape.hidden_size)
         yield "backward of a layer", backward + (self.layer_bytes() if self.is_recomputed else 0.0)
+
+    @property
+    def _trains_head(self) -> bool:
+        return self.recipe.adapter.train_mask_embedding and self.shape.tie_embeddings
 
     def _predictions(self) -> float:
         """Rows projected to logits in a micro-step, about: the masked share of the noisy streams."""
@@ -349,7 +357,7 @@ class Estimate:
             linear += 2 * 2 * feed_forward * self.tokens  # gate and up once more
         elif self.is_fused and self.is_recomputed:
             linear -= 2 * feed_forward * self.tokens  # all but down
-        linear += self._head_flop(6)  # chunks of logits are always computed twice
+        linear += self._head_flop(4 + 2 * self._trains_head)
         rate = GEMM_SHARE * peak
         recomputes = self.is_recomputed or self.is_mlp_recomputed
         what = "forward, recompute, input gradient" if recomputes else "forward, input gradient"
@@ -367,14 +375,14 @@ class Estimate:
         if self.is_quantised:
             linear_passes = 3 if recomputes else 2
             moved += linear_passes * shape.linear_parameters * (NF4_BYTES + 2 * self.compute_bytes)
-        moved += LOGIT_BYTES * shape.vocab_size * self._predictions()
+        logits = shape.vocab_size * self._predictions()
+        moved += (LOGIT_PASSES + self._trains_head) * self.compute_bytes * logits
         bandwidth = BANDWIDTH_SHARE * card.tb_per_s * 1e12
         yield Item(
             "memory traffic", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB at {bandwidth / 1e12:.1f} TB/s"
         )
         if self.is_fused:
-            share = UNALIGNED_LORA_SHARE if self._rank % 8 else LORA_SHARE
-            adapters, speed = again * self._adapter_traffic(), share * card.tb_per_s * 1e12
+            adapters, speed = again * self._adapter_traffic(), LORA_SHARE * card.tb_per_s * 1e12
             yield Item(
                 "adapters", steps * adapters / speed, f"{steps * adapters / 1e12:.1f} TB at {speed / 1e12:.1f} TB/s"
             )
@@ -383,33 +391,35 @@ class Estimate:
     def _fused_traffic(self) -> float:
         """Bytes that one fused layer moves between its products, forward and backward, with nothing recomputed.
 
-        Per token: norms read and write 14 times the hidden size, residual additions 12; SwiGLU 9 times its own size.
+        Per token: norms, with the residual's gradient, read and write 14 times the hidden size, residual additions 6;
+        SwiGLU 9 times its own size.
         Further products that share an input add to its gradient. Rotary positions and the layout of heads take 12
         passes over queries and keys.
         """
         shape, size = self.shape, self.compute_bytes
         hidden, wide = shape.hidden_size, shape.intermediate_size
         per_token = size * (9 * wide + 6 * hidden + 12 * (shape.query_size + shape.key_size))
-        return float(self.tokens * (per_token + 26 * self.residual_bytes * hidden))
+        return float(self.tokens * (per_token + 20 * self.residual_bytes * hidden))
 
     def _adapter_traffic(self) -> float:
-        """Bytes that the adapters' products of one fused layer move, likewise.
+        """Bytes that the adapters of one fused layer move, likewise.
 
-        They read the input three times and add to its gradient once; they add to the output once and read the output's
-        gradient twice.
+        Their products read the input twice and add to its gradient once; they read the output's gradient once. What the
+        attention put out is copied to be widened. Weights are widened in both passes.
         """
         shape, targets = self.shape, set(self._targets)
         groups = {("q_proj", "k_proj", "v_proj"): shape.hidden_size, ("o_proj",): shape.query_size}
         groups |= {("gate_proj", "up_proj"): shape.hidden_size, ("down_proj",): shape.intermediate_size}
         inputs = sum(width for names, width in groups.items() if targets & set(names))
         outputs = sum(shape.linears[name][1] for name in targets)
-        return float(self.tokens * self.compute_bytes * 4 * (inputs + outputs))
+        copied = 2 * shape.query_size * ("o_proj" in targets)
+        weights = 4 * sum(math.prod(shape.linears[name]) for name in targets)
+        return float(self.compute_bytes * (self.tokens * (4 * inputs + copied + outputs) + weights))
 
     def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
         """Extra work of the auxiliary terms: bytes of the operators of one layer's attention, counted at 7B's sizes.
 
-        Beside what they compute, terms cut queries and keys into streams; each cut's gradient is a whole row of zeros
-        with a part filled in, and is added to the others'.
+        Beside what they compute, terms cut queries and keys into streams, pack them by blocks, and add up gradients.
         """
         steps, shape, terms = self.recipe.train.accumulation, self.shape, self.recipe.objective
         alignment, sparse = terms.attention_alignment, terms.sparse_distillation
@@ -421,17 +431,20 @@ class Estimate:
             yield Item("cutting streams", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, {passes} passes")
         if alignment.weight > 0:
             layers = max(shape.num_layers - alignment.skip_layers, 0)
-            moved = layers * self._alignment_pairs() * 4 * 2 * ALIGNMENT_PASSES
+            moved = layers * self._alignment_pairs() * self.compute_bytes * 2 * ALIGNMENT_PASSES
             yield Item("attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB")
         if sparse.weight > 0:
             layers = max(shape.num_layers - sparse.dense_layers, 0)
             pairs = self.rows * shape.num_heads * self.row.length * self.row.sparse_length
-            moved = layers * pairs * 4 * SCORING_PASSES
+            moved = layers * pairs * self.compute_bytes * SCORING_PASSES
             yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
             if sparse.kl_weight > 0:
                 rows = steps * self.rows * self._masked_share() * self.row.sparse_length
-                moved = rows * shape.vocab_size * 4 * KL_PASSES
-                yield Item("KL to the teacher", moved / bandwidth, f"{moved / 1e12:.1f} TB of logits, two sides")
+                moved = rows * shape.vocab_size * self.compute_bytes * KL_PASSES
+                flop = rows * shape.vocab_size * shape.hidden_size * (6 + 2 * self._trains_head)
+                yield Item(
+                    "KL to the teacher", moved / bandwidth + flop / rate, f"{moved / 1e12:.1f} TB of logits, two sides"
+                )
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
                 flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length
                 yield Item("teacher", steps * flop / rate, f"{steps * flop / 1e12:.0f} TFLOP, forward of two streams")
