@@ -139,8 +139,10 @@ def predictions() -> str:
 class Blocks:
     """results/decode_h100.json: blocks at 128K of 32 steps, in CUDA graphs, unless said."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: str = "rows") -> None:
+        """`rows`: "earlier" for those of earlier commits that were measured beside one another."""
         self.record = read("decode_h100.json")
+        self.rows: list[dict[str, Any]] = self.record[rows]
 
     def find(self, model: str, batch: int, rule: str, kernel: str = "ours", dense: int = 0,
              context: int = LONG, steps: int = STEPS, graph: bool = True, fused: bool = False
@@ -148,7 +150,7 @@ class Blocks:
         """The row of a case, None where it was not measured."""
         keys = ("model", "batch", "rule", "exact_kernel", "dense_layers", "context", "steps", "graph")
         wanted = (model, batch, rule, kernel, dense, context, steps, graph)
-        rows = [row for row in self.record["rows"] if tuple(row[key] for key in keys) == wanted]
+        rows = [row for row in self.rows if tuple(row[key] for key in keys) == wanted]
         # Rows of earlier commits do not say whether they fused; threshold decoding may end after as many steps.
         rows = [row for row in rows if row.get("fused", False) == fused and row["acceptance"] == "static"]
         assert len(rows) <= 1, wanted
@@ -187,7 +189,7 @@ def blocks() -> str:
     """Milliseconds per block of every rule and exact kernel; then the steps of mage's blocks."""
     found = Blocks()
     mage = {case: found.row(*case, "mage") for case in CASES}
-    commits = {case: {row["commit"] for row in found.record["rows"]
+    commits = {case: {row["commit"] for row in found.rows
                       if (row["model"], row["batch"], row["context"], row["steps"]) == (*case, LONG, STEPS)}
                for case in CASES}  # fmt: skip
     assert all(len(of) == 1 for of in commits.values()), "a column mixes commits"
@@ -238,13 +240,13 @@ def steps() -> str:
 
 def variants() -> str:
     """MAGE's blocks with something changed, beside those without."""
-    found = Blocks()
+    found, earlier = Blocks(), Blocks("earlier")
     pairs = []
     for model, batch in CASES:
-        uneven = found.find(model, batch, "mage-uneven")
+        uneven = earlier.find(model, batch, "mage-uneven")
         if uneven:
             what = f"{name_of((model, LONG, batch))}, S = {STEPS}: uneven keys per layer"
-            pairs.append((what, found.row(model, batch, "mage"), uneven))
+            pairs.append((what, earlier.row(model, batch, "mage"), uneven))
     for count in (STEPS, 8):
         plain, fused = (found.row("SDAR-8B", 1, "mage", steps=count, fused=fused) for fused in (False, True))
         what = f"{name_of(('SDAR-8B', LONG, 1))}, S = {count}: commit fused with the next first step"
@@ -270,17 +272,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def profile() -> str:
-    """Where the milliseconds of a step go."""
+    """Where the milliseconds of a step go; overlapping kernels sum to more than the step, which counts as a gap below 0."""
     found = read("profile_h100.json")["steps"]
     columns = [
-        ("7B b=1 exact (3c09c66)", "7B-131072-b1-mage", "exact"),
-        ("**7B b=1 exact (0a45180)**", "7B-131072-b1-mage-0a45180", "exact"),
-        ("7B b=1 sparse (3c09c66)", "7B-131072-b1-mage", "sparse"),
-        ("**7B b=1 sparse (0a45180)**", "7B-131072-b1-mage-0a45180", "sparse"),
+        ("7B b=1 exact (0a45180)", "7B-131072-b1-mage-0a45180", "exact"),
+        ("**7B b=1 exact (bd13d5e)**", "7B-131072-b1-mage-bd13d5e", "exact"),
+        ("7B b=1 sparse (0a45180)", "7B-131072-b1-mage-0a45180", "sparse"),
+        ("**7B b=1 sparse (bd13d5e)**", "7B-131072-b1-mage-bd13d5e", "sparse"),
+        ("1.5B b=1 sparse (2bfb2d6)", "1.5B-131072-b1-mage-2bfb2d6", "sparse"),
+        ("**1.5B b=1 sparse (bd13d5e)**", "1.5B-131072-b1-mage-bd13d5e", "sparse"),
         ("7B b=8 sparse (3c09c66)", "7B-131072-b8-mage", "sparse"),
         ("1.5B b=8 sparse (3c09c66)", "1.5B-131072-b8-mage", "sparse"),
-        ("1.5B b=1 sparse (3c09c66)", "1.5B-131072-b1-mage", "sparse"),
-        ("**1.5B b=1 sparse (2bfb2d6)**", "1.5B-131072-b1-mage-2bfb2d6", "sparse"),
     ]
     totals = [dict.fromkeys([*GROUPS, "all else", "gaps between kernels", "**step**"], 0.0) for _ in columns]
     for total, (_, case, kind) in zip(totals, columns, strict=True):
@@ -312,11 +314,10 @@ def attention_bars(found: Attention) -> list[list[str]]:
     shown = "; ".join(
         f"{name_of(c)}: {peer} {found.ms(c, PEERS[peer]):.5f}, ours {found.ms(c):.5f}" for c, (peer, _) in lost.items()
     )
-    reservation = " (another run lost one: below)" if "note" in found.record else ""
     rows = [
         [
             "exact attention not slower than the fastest peer at any corner",
-            f"{len(CORNERS) - len(lost)} of {len(CORNERS)}" + (f" ({shown})" if shown else reservation),
+            f"{len(CORNERS) - len(lost)} of {len(CORNERS)}" + (f" ({shown})" if shown else ""),
             verdict(not lost),
         ]
     ]
@@ -355,14 +356,17 @@ def engine_bars(found: Blocks) -> list[list[str]]:
         x = ms / WEIGHTS_MS[model]
         asked = f"sparse step, {model} b=1, within {allowed} x its weights' reading"
         rows.append([asked, f"{ms:.2f} ms over {WEIGHTS_MS[model]:.2f}: {x:.3f}", verdict(x <= allowed)])
-    long, short = (found.row("7B", 1, "mage", context=n, steps=s) for n, s in ((LONG, 16), (8192, STEPS)))
-    assert long["commit"] == short["commit"]
-    change = long["sparse_ms"] / short["sparse_ms"] - 1
+    changes = {}
+    for model, rows_of, steps in (("1.5B", found, (STEPS, STEPS)), ("7B", Blocks("earlier"), (16, STEPS))):
+        pair = zip((LONG, 8192), steps, strict=True)
+        long, short = (rows_of.row(model, 1, "mage", context=n, steps=s) for n, s in pair)
+        assert long["commit"] == short["commit"]
+        changes[f"{model} ({long['commit']})"] = long["sparse_ms"] / short["sparse_ms"] - 1
     rows.append(
         [
-            "sparse step at 128K within 3 % of 8K (7B b=1)",
-            f"{change:+.1%} ({long['commit']}; not measured since)",
-            verdict(abs(change) <= 0.03),
+            "sparse step at 128K within 3 % of 8K (b=1)",
+            ", ".join(f"{model} {change:+.1%}" for model, change in changes.items()),
+            verdict(all(abs(change) <= 0.03 for change in changes.values())),
         ]
     )
     times = found.times("7B", 1, "exact", "flashinfer-auto")
