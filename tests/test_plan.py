@@ -212,7 +212,7 @@ ALIGNED_AND_SPARSE = {"objective": {"sparse_distillation": SPARSE_ON}, "train": 
         ("smollm2-135m", ALIGNED, 38.83),
         ("smollm2-135m", ALIGNED_AND_SPARSE, 28.2),
         ("smollm2-135m-convert", {"model": {"dtype": "float32"}}, 51.6),
-        ("smollm2-135m", {}, 34.0),  # the recipe as it is, fused, with real weights
+        ("smollm2-135m", {"train": {"rows": 8, "accumulation": 2}}, 34.0),  # fused, with real weights
     ],
 )
 def test_peaks_measured_on_an_h100(name, sections, measured):
@@ -221,12 +221,17 @@ def test_peaks_measured_on_an_h100(name, sections, measured):
     assert peak_of_wide_logits(estimate) == pytest.approx(measured, rel=0.04)
 
 
+def test_the_peak_of_the_recipe_as_it_is_measured_with_real_weights():
+    assert peak(smollm2(ROOT / "recipes" / "smollm2-135m.yaml")) == pytest.approx(60.7, rel=0.04)
+
+
 @pytest.mark.parametrize(
     ("name", "sections", "measured"),
     [
         ("smollm2-135m-convert", {}, 0.541),
         ("smollm2-135m-convert", {"train": {"rows": 4, "accumulation": 5}}, 1.2),
         ("smollm2-135m", ALIGNED, 0.99),
+        ("smollm2-135m", {}, 0.711),  # the recipe as it is, with real weights (bd13d5e)
     ],
 )
 def test_step_times_measured_on_an_h100(name, sections, measured):
@@ -236,10 +241,9 @@ def test_step_times_measured_on_an_h100(name, sections, measured):
 
 RESULTS = json.loads((ROOT / "results" / "training_h100.json").read_text())
 MEASURED = RESULTS["rows"]
-IS_OLDER = RESULTS["commit"].startswith("2bfb2d6")
-"""Whether loss and fused layers took more memory and time in these results than those that the plan is for."""
 SIZES = {
     "smollm2-135m-convert": SMOLLM2,
+    "smollm2-135m": SMOLLM2,
     "1.5b": Shape(151936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True, qkv_bias=True),
     "7b": Shape(152064, 3584, 18944, 28, 28, 4, 128, tie_embeddings=False, qkv_bias=True),
 }
@@ -262,9 +266,10 @@ def test_the_training_benchmark_of_an_h100(row):
     family = get_family("converted" if row["model"].startswith("smollm2") else "fast_dllm_v2")
     estimate = Estimate(Recipe.model_validate(recipe), SIZES[row["model"]], family)
     assert estimate.stream_names == row["stream_names"]
-    found = peak_of_wide_logits(estimate) if IS_OLDER else peak(estimate)
+    is_older = row["commit"] == "2bfb2d6"  # loss and fused layers took more memory and time
+    found = peak_of_wide_logits(estimate) if is_older else peak(estimate)
     assert found == pytest.approx(row["peak_gib"], rel=0.10)
-    if not (IS_OLDER and row["kernels"] == "fused"):
+    if not (is_older and row["kernels"] == "fused") and "disturbed" not in row:
         assert sum(item.amount for item in estimate.time(CARDS["h100"])) == pytest.approx(row["step_s"], rel=0.15)
 
 

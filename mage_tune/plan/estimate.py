@@ -62,6 +62,8 @@ GEMM_SHARE = 737 / 989
 """Highest rate of a matrix product over the card's peak, as measured on an H100."""
 FLEX_SHARE = (307 / 989, 193 / 989)
 """FlexAttention's forward and backward rate over the peak, as profiled in 7B's micro-step of rows of 4096 tokens."""
+FLEX_GAIN, FLEX_LONG = 1.4, 32768
+"""How much faster it is in rows of FLEX_LONG tokens and more than in rows of 4096; fitted to three steps of 32K and 64K."""
 BANDWIDTH_SHARE = 0.8
 """Bandwidth of elementwise kernels over the data sheet's; SwiGLU's two are profiled at 0.76 and 0.87."""
 LORA_SHARE = 2.13 / 3.35
@@ -76,10 +78,12 @@ LAUNCH_S, LAUNCH_PER_TERM = 0.0075, 1 / 6
 """Seconds the host needs per layer and micro-step, and what each auxiliary term adds to it; fitted likewise."""
 OVERLAP = 3
 """Power of the mean that host and device take together: the host is ahead in long kernels and late in short ones."""
-ALIGNMENT_PASSES, SCORING_PASSES = 8, 3
-"""Times that attention alignment (on either side) and sparse scoring read or write a 16-bit score; counted."""
-CUT_PASSES = {"alignment": 5, "sparse": 6}
-"""Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream."""
+ALIGNMENT_PASSES, SCORING_PASSES = 16, 6
+"""Times that attention alignment (on either side) and sparse scoring read or write a 16-bit score. Counted, 8 and 3; the
+two kernels that do it take twice the time of these bytes (their profile in smollm2-tune, training_h100.json)."""
+CUT_PASSES = {"alignment": 15, "sparse": 18}
+"""Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream. Counted, 5
+and 6; copies of heads out of their strides take three times as long (the same profile)."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
 
@@ -366,8 +370,11 @@ class Estimate:
         )
         forward, backward = self._attention_flop()
         forward *= 2.0 if self.is_recomputed else 1.0
-        seconds = forward / (FLEX_SHARE[0] * peak) + backward * 1.25 / (FLEX_SHARE[1] * peak)  # scores once more
-        rates = " and ".join(f"{share * card.tflops:.0f}" for share in FLEX_SHARE)
+        long = math.log(self.row.length / 4096) / math.log(FLEX_LONG / 4096)
+        gain = 1 + (FLEX_GAIN - 1) * min(max(long, 0.0), 1.0)
+        at_forward, at_backward = (share * gain * card.tflops for share in FLEX_SHARE)
+        seconds = (forward / at_forward + backward * 1.25 / at_backward) / 1e12  # scores once more
+        rates = f"{at_forward:.0f} and {at_backward:.0f}"
         yield Item("attention", steps * seconds, f"{steps * (forward + backward) / 1e12:.0f} TFLOP at {rates}")
         moved = self._fused_traffic() if self.is_fused else self.layer_bytes() * TRAFFIC
         again = shape.num_layers * (4 / 3 if self.is_recomputed else 1)
