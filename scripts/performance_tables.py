@@ -272,7 +272,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def profile() -> str:
-    """Where the milliseconds of a step go; overlapping kernels sum to more than the step, which counts as a gap below 0."""
+    """Where the milliseconds of a step go; kernels that overlap sum to more than it, which counts as a gap below 0."""
     found = read("profile_h100.json")["steps"]
     columns = [
         ("7B b=1 exact (0a45180)", "7B-131072-b1-mage-0a45180", "exact"),

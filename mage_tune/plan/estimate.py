@@ -17,10 +17,16 @@ fitted. Against runs on one H100 (torch 2.11, transformers 5.17, peak_gib of the
     1.5B, 1 x 3.25 x 4096 (recipe) and 2 x 3.25 x 4096          27.5, 51.4 GiB   27.6, 50.1 (+0.5, -2.6 %)
     7B, 1 x 3.25 x 4096 (recipe)                                63.5 - 64.0 GiB   62.9 (-0.9 to -1.7 %)
 
-All of them were at their peak in the loss, when a logit of a chunk took 12 bytes; it takes 2 now, its gradient in the
-same place. The KL part was off, and none recomputes activations: what `train.checkpointing` saves, offload and 4-bit
-weights are counted the same way and not yet compared with a measurement on a GPU (the tests compare them with what
-autograd keeps).
+Those were at their peak in the loss, when a logit of a chunk took 12 bytes, and without the KL. A logit takes 2 now,
+its gradient in the same place; with every term (bd13d5e):
+
+    recipes/smollm2-135m.yaml, 16 x 4 x 2048                          60.7 GiB   62.7 (+3.3 %)
+    conversion                                                        23.8 GiB   23.7 (-0.6 %)
+    1.5B, 2 x 3.25 x 4096                                             45.0 GiB   45.1 (+0.3 %)
+    7B, 1 x 3.25 x 4096 (recipe)                                      60.3 GiB   60.7 (+0.6 %)
+    layers recomputed: 7B, 1 x 3.25 x 32768                           62.4 GiB   66.3 (+6.2 %)
+    1.5B, 1 x 3.25 x 65536                                            46.1 GiB   49.2 (+6.7 %)
+    7B in 4 bits, with offload, 1 x 3.25 x 65536                      64.4 GiB   68.5 (+6.4 %)
 
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of
 other cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels
@@ -28,8 +34,8 @@ profiled there (results/training_h100.json), the terms as bytes of their operato
 behind the device's work only in part. What the profiles tell is a constant with its source. Four are fitted to steps
 of SmolLM2 on that H100: `TRAFFIC` to conversion with plain layers and 16 rows (0.541 s), `LAUNCH_S` to the same with 4
 rows (0.24 s), `LAUNCH_PER_TERM` to the third line above (0.47 s a micro-step), `OVERLAP` to conversion with fused
-layers (0.331 s). They were fitted before adapters were widened into their layers' products, and before loss, scores and
-cuts took a third of their passes over memory; how far the counts of those are right is to be measured.
+layers as they were (0.331 s). `FLEX_GAIN`, the passes of scores and those of cuts are fitted to steps of bd13d5e, whose
+times are met within 5 % (0.711 s of the recipe of SmolLM2: 11 % too short).
 
 FLOP of the model are two per multiply-add, forward and input gradient, over all streams; work that repeats or measures
 (recompute, weight gradients of the adapter, sparse scoring, the teacher's pass) takes time and does not count for
@@ -63,7 +69,7 @@ GEMM_SHARE = 737 / 989
 FLEX_SHARE = (307 / 989, 193 / 989)
 """FlexAttention's forward and backward rate over the peak, as profiled in 7B's micro-step of rows of 4096 tokens."""
 FLEX_GAIN, FLEX_LONG = 1.4, 32768
-"""How much faster it is in rows of FLEX_LONG tokens and more than in rows of 4096; fitted to three steps of 32K and 64K."""
+"""How much faster it is in rows of FLEX_LONG tokens and more than in rows of 4096; fitted to steps of 32K and 64K."""
 BANDWIDTH_SHARE = 0.8
 """Bandwidth of elementwise kernels over the data sheet's; SwiGLU's two are profiled at 0.76 and 0.87."""
 LORA_SHARE = 2.13 / 3.35
@@ -79,11 +85,11 @@ LAUNCH_S, LAUNCH_PER_TERM = 0.0075, 1 / 6
 OVERLAP = 3
 """Power of the mean that host and device take together: the host is ahead in long kernels and late in short ones."""
 ALIGNMENT_PASSES, SCORING_PASSES = 16, 6
-"""Times that attention alignment (on either side) and sparse scoring read or write a 16-bit score. Counted, 8 and 3; the
-two kernels that do it take twice the time of these bytes (their profile in smollm2-tune, training_h100.json)."""
+"""Times that attention alignment (on either side) and sparse scoring read or write a 16-bit score. Counted, 8 and 3;
+the two kernels that do it take twice the time of these bytes (their profile in smollm2-tune, training_h100.json)."""
 CUT_PASSES = {"alignment": 15, "sparse": 18}
-"""Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream. Counted, 5
-and 6; copies of heads out of their strides take three times as long (the same profile)."""
+"""Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream.
+Counted, 5 and 6; copies of heads out of their strides take three times as long (the same profile)."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
 
