@@ -14,23 +14,27 @@ again.
 
 Baselines are the same step written the common way: SDPA under a dense mask (or FlexAttention under a BlockMask built
 anew in every forward pass, uncompiled), logits of all positions, plain layers, every layer recomputed. They run at the
-longest of a few lengths that fits, and the case they are held against runs at that length in the same process.
+longest of a few lengths that fits. The case they are held against ("ours" of their row) runs at that length, with the
+first of `train.checkpointing` off, mlp and non_reentrant that fits; its row says which.
+
+Every try of a case is a process of its own, since one that ran out of memory does not give all of the card back; with
+--tiny, where nothing runs out, all are this process.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,6 +94,8 @@ TINY: dict[str, Any] = dict(
 )  # fmt: skip
 TERMS = ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation")
 BASELINES = ("dense_sdpa", "block_mask_per_step")
+CHECKPOINTING = ("off", "mlp", "non_reentrant")
+"""What ours tries beside a baseline, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -446,36 +452,62 @@ def per_step_attention(
 def measure(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """The row of a case at the longest of its lengths that fits, or what went wrong.
 
-    A baseline is followed by ours at the same length, in "ours" of its row.
+    A baseline is followed by ours at the same length, in "ours" of its row, recomputing no more than it must to fit.
     """
-    error = ""
-    for length in case.lengths or (None,):
-        try:
-            row = time_case(case, length, tiny, folder)
-        except torch.cuda.OutOfMemoryError as failure:
-            error = f"out of memory at length {length or 'as the recipe says'}: {str(failure)[:120]}"
-            print(f"  {error}", flush=True)
-        except Exception as failure:  # one case must not cost the others; it is written down
-            return {"case": case.name, "error": f"{type(failure).__name__}: {str(failure)[:600]}"}
-        else:
-            if error:
-                row["longer"] = error
-            if case.baseline:
-                free()
-                ours = Case(case.name, case.recipe, FUSED | case.changes, case.steps, case.warmup)
-                row["ours"] = time_case(ours, length, tiny, folder)
-                row["times_faster"] = row["ours"]["tokens_per_s"] / row["tokens_per_s"]
-            return row
-        finally:
-            free()
-    return {"case": case.name, "error": error}
+    row, length = first_that_fits([(case, length) for length in case.lengths or (None,)], tiny, folder)
+    if case.baseline and "error" not in row:
+        changes = [FUSED | case.changes | {"train.checkpointing": checkpointing} for checkpointing in CHECKPOINTING]
+        tries = [(replace(case, baseline="", changes=changed), length) for changed in changes]
+        row["ours"], _ = first_that_fits(tries, tiny, folder)
+        if "error" in row["ours"]:
+            return row | {"error": f"ours: {row['ours']['error']}"}
+        row["times_faster"] = row["ours"]["tokens_per_s"] / row["tokens_per_s"]
+    return row
 
 
-def free() -> None:
-    """Give memory back between cases."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def first_that_fits(
+    tries: Sequence[tuple[Case, int | None]], tiny: bool, folder: Path
+) -> tuple[dict[str, Any], int | None]:
+    """(row, length) of the first (case, length) that does not run out of memory; the last, where all do.
+
+    What those before it were is in "did_not_fit" of the row.
+    """
+    too_large: list[str] = []
+    for case, length in tries:
+        row = (attempt if tiny else attempt_alone)(case, length, tiny, folder)
+        if "out of memory" not in row.get("error", ""):
+            break
+        checkpointing = case.changes.get("train.checkpointing", "the case's own")
+        too_large.append(f"length {length or 'of the recipe'}, checkpointing {checkpointing}: {row['error'][:160]}")
+        print(f"  {too_large[-1]}", flush=True)
+    return row | ({"did_not_fit": too_large} if too_large else {}), length
+
+
+def attempt(case: Case, length: int | None, tiny: bool, folder: Path) -> dict[str, Any]:
+    """`time_case`, or what went wrong: one case must not cost the others."""
+    try:
+        return time_case(case, length, tiny, folder)
+    except Exception as failure:
+        return {"case": case.name, "error": f"{type(failure).__name__}: {str(failure)[:600]}"}
+
+
+def attempt_alone(case: Case, length: int | None, tiny: bool, folder: Path) -> dict[str, Any]:
+    """`attempt` in a process of its own."""
+    job, found = {"case": asdict(case), "length": length, "tiny": tiny, "folder": str(folder)}, folder / "row.json"
+    found.unlink(missing_ok=True)
+    code = subprocess.run([sys.executable, __file__, "--attempt", json.dumps(job)], check=False).returncode
+    if not found.exists():
+        return {"case": case.name, "error": f"its process ended with code {code}"}
+    row: dict[str, Any] = json.loads(found.read_text())
+    return row
+
+
+def answer_attempt(job: dict[str, Any]) -> int:
+    """What the process of `attempt_alone` does."""
+    folder = Path(job["folder"])
+    row = attempt(Case(**job["case"]), job["length"], job["tiny"], folder)
+    (folder / "row.json").write_text(json.dumps(row))
+    return 0
 
 
 def report(row: dict[str, Any]) -> str:
@@ -501,7 +533,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="the toolkit's commit, where its history is not at hand")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for a CPU")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--attempt", type=json.loads, help=argparse.SUPPRESS)  # see attempt_alone
     arguments = parser.parse_args(argv)
+    if arguments.attempt:
+        return answer_attempt(arguments.attempt)
     cases = {case.name: case for case in all_cases()}
     if arguments.list:
         print("\n".join(f"{case.name}: recipes/{case.recipe}.yaml {case.changes}" for case in cases.values()))
@@ -528,17 +563,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{case.name}: no time left", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            timed = case if arguments.steps is None else _with_steps(case, arguments.steps)
+            timed = case if arguments.steps is None else replace(case, steps=arguments.steps)
             row = measure(timed, arguments.tiny, Path(folder))
         print(report(row), flush=True)
         result["rows"].append(row)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if any("error" in row for row in result["rows"]) else 0
-
-
-def _with_steps(case: Case, steps: int) -> Case:
-    return Case(**{**case.__dict__, "steps": steps})
 
 
 def finished(path: Path, commit: str | None) -> list[dict[str, Any]]:

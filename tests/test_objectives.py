@@ -177,7 +177,7 @@ def test_compiled_losses_equal_those_of_a_cpu(loss):
     targets, weights = torch.randint(1000, (70,), generator=generator), torch.rand(70, generator=generator)
 
     def found(device: str) -> list[Tensor]:
-        rows, others = states.to(device).requires_grad_(), (x.to(device) for x in (teacher, targets, weights))
+        rows, others = states.detach().to(device).requires_grad_(), (x.to(device) for x in (teacher, targets, weights))
         other, target, weight = others
         on_device = head.to(device)
         if loss == "cross-entropy":

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
 from mage_tune.backbone import attach_adapter, hold_in_nf4, random_backbone
@@ -16,6 +14,8 @@ from mage_tune.fused import fuse
 from mage_tune.lm import load
 from mage_tune.recipe_schema import Objective
 from mage_tune.stream_loss import StreamLoss
+
+bnb = pytest.importorskip("bitsandbytes")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "architecture": "qwen2"}
 OBJECTIVE = Objective.model_validate({"diffusion": {"weight": 1.0}, "query_alignment": {"weight": 1.0}})
@@ -31,7 +31,8 @@ def quantised(tiny_backbone):
         for name, linear in like.model.model.layers.named_modules():
             if isinstance(linear, nn.Linear):
                 weight = ours.model.model.layers.get_submodule(name).weight
-                linear.weight.data = dequantize_4bit(weight.data, weight.quant_state).to(linear.weight.dtype)
+                whole = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+                linear.weight.data = whole.to(linear.weight.dtype)
         return ours, like
 
     return make

@@ -81,7 +81,7 @@ def test_compiled_probabilities_and_their_gradients_are_those_of_a_cpu():
         key = torch.randn(2, KV_HEADS, length, 8, generator=generator)
         found = []
         for device in ("cpu", "cuda"):
-            inputs = [x.to(device).requires_grad_() for x in (rows, key)]
+            inputs = [x.detach().to(device).requires_grad_() for x in (rows, key)]
             visible = prefix_visible(torch.arange(BLOCKS, device=device), length, SIZE)
             score = mean_probability(*inputs, visible, 0.35, compiled=True)
             score.square().sum().backward()

@@ -88,18 +88,29 @@ def test_a_failing_case_is_written_down_and_costs_no_other(bench, tmp_path, monk
     assert "adapter.rank" in bad["error"] and good["step_s"] > 0
 
 
-def test_out_of_memory_moves_on_to_a_shorter_length(bench, tmp_path, monkeypatch):
+def test_out_of_memory_moves_on_to_a_shorter_length_and_then_to_recomputing(bench, tmp_path, monkeypatch):
     time_case = bench.time_case
 
     def limited(case, length, tiny, folder):
-        if length > 1024:
-            raise torch.cuda.OutOfMemoryError("too much")
+        if length > 1024 or case.changes.get("train.checkpointing") == "off":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return time_case(case, length, tiny, folder)
 
     monkeypatch.setattr(bench, "time_case", limited)
-    case = bench.Case("long", "7b", {"train.accumulation": 1}, steps=1, warmup=1, lengths=(4096, 1024))
+    changes = {"train.accumulation": 1} | bench.NO_STUDENT
+    case = bench.Case("long", "7b", changes, steps=1, warmup=1, baseline="dense_sdpa", lengths=(4096, 1024))
     row = bench.measure(case, True, tmp_path)
-    assert row["length"] == 1024 // 16 and "4096" in row["longer"]
+    ours = row["ours"]
+    assert row["length"] == ours["length"] == 1024 // 16 and ours["checkpointing"] == "mlp"
+    assert "length 4096" in row["did_not_fit"][0] and "checkpointing off" in ours["did_not_fit"][0]
+
+
+def test_a_try_in_a_process_of_its_own_gives_the_same_row_or_says_what_went_wrong(bench, tmp_path, monkeypatch):
+    case = bench.Case("one", "7b", {"train.accumulation": 1}, steps=1, warmup=1)
+    alone, here = (run(case, 1024, True, tmp_path) for run in (bench.attempt_alone, bench.attempt))
+    assert alone.keys() == here.keys() and alone["loss"] == pytest.approx(here["loss"])
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "none.py"))
+    assert "ended with code 2" in bench.attempt_alone(case, 1024, True, tmp_path)["error"]
 
 
 def test_every_case_is_a_recipe(bench, tmp_path):
