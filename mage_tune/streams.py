@@ -340,7 +340,7 @@ def exact_attention(
     """
     if query.is_cuda and layout.is_tiled:
         mask = layout.block_mask(query.device) if documents is None else documents.block_mask
-        options = FLEX_OPTIONS.get(query.shape[-1])
+        options = flex_options(query)
         return _compiled_flex()(
             query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
         )
@@ -350,6 +350,12 @@ def exact_attention(
 _SQUARE = {"bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_num_stages": 2, "bwd_num_warps": 4}
 FLEX_OPTIONS: dict[int, dict[str, Any]] = {64: {"fwd_BLOCK_N": 64, "fwd_num_stages": 4} | _SQUARE, 128: _SQUARE}
 """Head dimension -> tiles of FlexAttention, where others than PyTorch's were faster on an H100 (docs/training.md)."""
+
+
+def flex_options(query: Tensor) -> dict[str, Any] | None:
+    """FLEX_OPTIONS where they were measured: 16 bits, Hopper. Elsewhere such tiles may not fit, and PyTorch decides."""
+    is_hopper = torch.cuda.get_device_capability(query.device)[0] == 9
+    return FLEX_OPTIONS.get(query.shape[-1]) if is_hopper and query.element_size() == 2 else None
 
 
 @lru_cache(maxsize=1)

@@ -86,8 +86,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_heads=9, num_kv_heads=3, head_dim=64, tie_embeddings=True, max_positions=8192,
     ),
 }  # fmt: skip
-SHAPES["smollm2-135m-convert"] = SHAPES["smollm2-135m"]
 """Shapes of the models that the recipes name."""
+SHAPES["smollm2-135m-convert"] = SHAPES["smollm2-135m"]
 TINY: dict[str, Any] = dict(
     architecture="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=8, tie_embeddings=True, max_positions=131072,
@@ -369,11 +369,8 @@ def part_of(kernel: str, shapes: Sequence[Any] | None, rank: int, vocabulary: in
     found = next((part for part, pattern in KERNELS if pattern.search(kernel)), "glue")
     is_product = found == "linear layers" or kernel in ("aten::mm", "aten::addmm", "aten::bmm")
     if is_product:
-        return (
-            "LoRA"
-            if sizes & {count * size for count in (1, 2, 3) for size in (rank, padded(rank))}
-            else "linear layers"
-        )
+        ranks = {count * size for count in (1, 2, 3) for size in (rank, padded(rank))}  # of layers that share an input
+        return "LoRA" if sizes & ranks else "linear layers"
     return found
 
 

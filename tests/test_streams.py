@@ -11,7 +11,7 @@ from mage_tune.data.collate import Collator
 from mage_tune.objectives import block_mean_queries, query_alignment_sum
 from mage_tune.recipe_schema import AttentionAlignment, Objective, QueryAlignment, SparseDistillation
 from mage_tune.stream_loss import StreamLoss
-from mage_tune.streams import LayerView, RowStreams, StreamAttention, cut, exact_attention
+from mage_tune.streams import FLEX_OPTIONS, LayerView, RowStreams, StreamAttention, cut, exact_attention, flex_options
 from mage_tune.trainer import enable_checkpointing
 
 BATCH, HEADS, KV_HEADS, DIM, SIZE, LENGTH, SCALING = 2, 4, 2, 8, 4, 24, 0.4
@@ -425,3 +425,18 @@ def test_a_layer_that_runs_twice_counts_once(tiny_backbone, tiny_adapter, tokens
     assert calls == [True] * 4, "every layer was recomputed, with gradient"
     assert attention.observed["term"].keys() == {1, 2}
     assert all(attention.observed["term"][layer] is before[layer] for layer in before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "expected"),
+    [
+        (torch.bfloat16, 64, (9, 0), FLEX_OPTIONS[64]),
+        (torch.bfloat16, 128, (9, 0), FLEX_OPTIONS[128]),
+        (torch.bfloat16, 96, (9, 0), None),
+        (torch.float32, 64, (9, 0), None),
+        (torch.bfloat16, 64, (8, 9), None),
+    ],
+)
+def test_tiles_of_flex_attention_are_those_that_were_measured(monkeypatch, dtype, dim, capability, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert flex_options(torch.empty(1, 1, 8, dim, dtype=dtype)) == expected
