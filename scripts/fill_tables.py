@@ -80,7 +80,7 @@ def alignment_table(file: str = "objectives.json") -> str:
         f"{tuned['minutes']:.1f} minutes of training. Held-out windows: {shown} tokens, 6 blocks each; 95 % intervals, "
         f"with a sign: of the paired change. First {content['settings']['dense_layers']} layers dense, "
         f"{made_with['device']}, torch {made_with['torch']}, transformers {made_with['transformers']}, "
-        f"commit {tuned.get('commit', made_with['commit'])} (base: {made_with['commit']}).",
+        f"commit {tuned['commit']} (base: {base['commit']}).",
     ]
     return "\n".join(lines)
 

@@ -481,9 +481,11 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
         "task_budgets": TASK_BUDGETS,
         "dense_layers": 2,
     }
-    results.content |= {"settings": given, "environment": environment() | ({"commit": commit} if commit else {})}
+    made_with = environment() | ({"commit": commit} if commit else {})
+    of_row = {"commit": made_with["commit"]}  # rows of several runs may stand in one file
+    results.content |= {"settings": given, "environment": made_with}
     if "base" not in results.content:
-        results.content["base"] = row("base", 0, measure(load(model)), None)
+        results.content["base"] = row("base", 0, measure(load(model)), None) | of_row
         results.save()
     base = units(results.content["base"])
     for arm in arms:
@@ -494,7 +496,7 @@ def run(arms: Sequence[Trained], results: Results, console: Console, commit: str
             folder, minutes = train(arm, seed)
             lm = load(model, adapter=str(folder))
             found = row(arm.name, seed, measure(lm), base)
-            found |= {"changes": arm.changes, "why": arm.why, "minutes": round(minutes, 2)}
+            found |= {"changes": arm.changes, "why": arm.why, "minutes": round(minutes, 2)} | of_row
             results.arms.append(found)
             results.save()
             took = time.perf_counter() - started
@@ -567,8 +569,8 @@ def join(paths: Sequence[Path], results: Results) -> None:
         if not results.content.get("base"):
             results.content |= {key: value for key, value in other.items() if key != "arms"}
         for key in ("settings", "base"):
-            mine, theirs = (dict(c[key]) for c in (results.content, other))
-            mine.pop("levers", None), theirs.pop("levers", None)
+            aside = {"levers", "commit"}  # what was added later, and which code found the same
+            mine, theirs = ({k: v for k, v in c[key].items() if k not in aside} for c in (results.content, other))
             if mine != theirs:
                 raise ValueError(f"{path}: another {key} than in {results.path}")
         results.content |= {k: v for k, v in other.items() if k == "best_with_levers"}

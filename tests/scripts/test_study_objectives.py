@@ -113,11 +113,13 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_files_of_two_machines_become_one(study, in_this_process, capsys):
-    assert script.main(["--only", "query", "recipe", "--shard", "0/2", "--out", "a.json"]) == 0
-    assert script.main(["--only", "query", "recipe", "--shard", "1/2", "--out", "b.json"]) == 0
+    for shard, out, commit in (("0/2", "a.json", "abc"), ("1/2", "b.json", "def")):
+        command = ["--only", "query", "recipe", "--shard", shard, "--out", out, "--commit", commit]
+        assert script.main(command) == 0
     assert script.main(["--join", "a.json", "b.json", "--out", "all.json"]) == 0
     joined = json.loads(Path("all.json").read_text())
-    assert [arm["name"] for arm in joined["arms"]] == ["query", "recipe"]
+    assert [(arm["name"], arm["commit"]) for arm in joined["arms"]] == [("query", "abc"), ("recipe", "def")]
+    assert joined["base"]["commit"] == "abc"
     assert joined["arms"][1]["minutes"] >= 0 and joined["best"] != "recipe"
     assert script.main(["--best-lever", "--out", "all.json"]) == 2
     assert "run --levers first" in capsys.readouterr().err
