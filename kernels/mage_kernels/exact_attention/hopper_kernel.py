@@ -2,8 +2,10 @@
 
 One program owns 64 * GROUPS rows and one part of the prefix's whole tiles. One warp group copies tiles of keys and
 values to shared memory, STAGES deep; each of the others owns 64 rows. In a warp group the logits of a tile are computed
-while the values of the tile before are still being summed, and its softmax overlaps that sum; what one group leaves
-idle of the tensor cores, the others take (the schedule of FlashAttention-3, arXiv 2407.08608, section 3).
+while the values of the tile before are still being summed; what one group leaves idle of the tensor cores during its
+softmax, the others take (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). As written the softmax
+overlaps that sum too, but ptxas waits for the sum first; made to keep the order, the kernel was slower (H100, 7B at
+32K, batch 1: 0.0464 ms a layer instead of 0.0439).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -109,7 +111,8 @@ def attend_tiles(
             mbarrier.wait(k_ready.index(stage), (i // STAGES) & 1)
             product = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
             if MASSES_OF:  # noqa: SIM102  (the remainder has no meaning for 0)
-                # Of the tiles before, while the product runs: between two waits, or ptxas puts it behind the softmax.
+                # Of the tiles before, while the product runs. The branch and the wait after it keep it here: ptxas
+                # moves straight-line code behind the softmax, where nothing hides it.
                 if has_masses & (i % MASSES_OF == 0):
                     gl.store(p_tile, (b_max + fast_log2(b_mass)) * LN_2, mask=m_tile)
                     p_tile += num_rows - mass_from

@@ -234,7 +234,7 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
     min_part = MIN_PART
     if is_hopper and num_rows <= 128 and batch * heads >= 8 and key.shape[-2] <= SHORT:
         # 1 % faster than the tiles of long prefixes for SDAR-8B at 8K, batch 1, and 5 % at batch 8
-        # (docs/performance.md); longer prefixes were not measured.
+        # (docs/performance.md); longer prefixes were not measured. With masses, of two tiles, it is not slower.
         block_n, num_stages, min_part = 64, 3, 2 * MIN_PART
     columns = batch * heads * triton.cdiv(num_rows, block_m)
     num_splits = choose_splits(columns, key.shape[-2] // min_part, num_slots(query))
