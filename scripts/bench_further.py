@@ -147,14 +147,10 @@ class Layer:
         self.front = torch.randn(slots, device="cuda").bfloat16(), torch.randn(slots, device="cuda").bfloat16()
 
     def exact(self, *, twice: bool = False, scores: bool = True) -> Tensor:
-        """An exact pass; with scores, up to the tiles' masses."""
+        """An exact pass; with scores, it keeps the tiles' log masses: all layers' are averaged at once, later."""
         i, query = self.inputs, self.twice if twice else self.inputs.query
         tile = best_tile(query) if scores else None
-        seen = exact_attention(query, i.key, i.value, i.lengths, i.scale, **i.own, tile=tile, impl="triton")
-        if tile:
-            assert seen.tile_log_mass is not None
-            tile_mass(seen.tile_log_mass, seen.prefix_log_mass, i.lengths, tile, impl="triton")
-        return seen.out
+        return exact_attention(query, i.key, i.value, i.lengths, i.scale, **i.own, tile=tile, impl="triton").out
 
     def masses(self, *, fp8: bool) -> Tensor:
         """Tile log masses from the keys alone."""

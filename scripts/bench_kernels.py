@@ -3,7 +3,10 @@
     python scripts/bench_kernels.py --seconds 240 --out results/attention_h100.json
 
 One layer's exact attention of a block of 32 over a long prefix (what an exact step does once per layer), and what MAGE
-adds once per block or once per sparse step. Every kernel is checked against float64 before it is timed; one that cannot
+adds once per block or once per sparse step. "mage+scores" is the exact pass that keeps every row's log masses of tiles
+in memory of its own, as the engine has it for all layers; what it keeps is averaged over the rows by one launch for all
+layers, which "select_keys" includes. Until bd13d5e a launch per layer was part of "mage+scores": cost has moved from
+there to "select_keys". Every kernel is checked against float64 before it is timed; one that cannot
 run is named with its reason. Times are medians of CUDA-graph replays of several calls over different inputs, so that
 neither launches nor the L2 cache flatter anyone (FlashInfer is timed without a graph too). The most important rows come
 first, and measuring stops when the seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s, whichever
@@ -121,16 +124,17 @@ def ours(inputs: Inputs) -> Call:
 
 
 def ours_with_scores(inputs: Inputs) -> Call:
-    """The same, and the mass of every tile, which selection starts from."""
+    """The same, and every row's log mass of every tile kept, which selection starts from."""
     i, tile = inputs, best_tile(inputs.query)
+    given: dict[str, Any] = {**i.own, "tile": tile, "masses": memory_for_masses(i.query, i.key, tile), "impl": "triton"}
+    return lambda: exact_attention(i.query, i.key, i.value, i.lengths, i.scale, **given).out
 
-    def run() -> Tensor:
-        seen = exact_attention(i.query, i.key, i.value, i.lengths, i.scale, **i.own, tile=tile, impl="triton")
-        assert seen.tile_log_mass is not None
-        tile_mass(seen.tile_log_mass, seen.prefix_log_mass, i.lengths, tile, impl="triton")
-        return seen.out
 
-    return run
+def memory_for_masses(query: Tensor, key: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """For `exact_attention`: ([layers,] batch, KV heads, T, R) and ([layers,] batch, KV heads, R)."""
+    prefix = torch.empty(query.shape[:-1], device=query.device)
+    tiles = -(-key.shape[-2] // tile)
+    return prefix.new_empty(*prefix.shape[:-1], tiles, prefix.shape[-1]), prefix
 
 
 def sdpa(inputs: Inputs, backend: SDPBackend) -> Call:
@@ -269,23 +273,23 @@ class Block:
         self.key, self.value = (
             torch.randn(*sizes, context, shape.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)
         )
-        self.log_mass = torch.empty(*sizes, shape.rows, device="cuda")
         self.tile = best_tile(self.query[0])
-        self.mass = torch.empty(*sizes, -(-context // self.tile), device="cuda")
+        self.tile_log_mass, self.log_mass = memory_for_masses(self.query, self.key, self.tile)
         for layer in range(shape.layers):
             query, key, value = (x[layer] for x in (self.query, self.key, self.value))
-            seen = exact_attention(query, key, value, self.lengths, self.scale, tile=self.tile)
-            assert seen.tile_log_mass is not None
-            self.log_mass[layer] = seen.prefix_log_mass
-            self.mass[layer] = tile_mass(seen.tile_log_mass, seen.prefix_log_mass, self.lengths, self.tile)
-        self.last_tiles, self.last_mass = seen.tile_log_mass, seen.prefix_log_mass
+            masses = self.tile_log_mass[layer], self.log_mass[layer]
+            exact_attention(query, key, value, self.lengths, self.scale, tile=self.tile, masses=masses, impl="triton")
         self.chosen = self.select()
         slots = (*sizes, BUDGET + BLOCK, shape.head_dim)
         self.front_key, self.front_value = (torch.randn(slots, device="cuda").bfloat16() for _ in range(2))
 
+    def mass(self) -> Tensor:
+        """Of the tiles of all layers."""
+        return tile_mass(self.tile_log_mass, self.log_mass, self.lengths, self.tile, impl="triton")
+
     def select(self) -> Any:
-        """The keys of all layers."""
-        facts = (self.query, self.key, self.log_mass, self.mass, self.lengths, self.scale, BUDGET)
+        """The keys of all layers, from the log masses that their exact passes kept."""
+        facts = (self.query, self.key, self.log_mass, self.mass(), self.lengths, self.scale, BUDGET)
         return select_keys(*facts, tile=self.tile, impl="triton")
 
     def operations(self) -> Iterator[tuple[str, list[Call], float]]:
@@ -299,9 +303,10 @@ class Block:
         fronts = (self.front_key, self.front_value)
         per_layer = shape.kv_heads * (2 * (BUDGET + BLOCK) + 2 * shape.rows) * row
         prefix = shape.kv_heads * self.context * row
-        tiles = self.last_tiles
+        kept = self.tile_log_mass.numel() * 4
 
-        yield "select_keys, all layers", [self.select], lists * 8 * BUDGET * row
+        yield "select_keys, all layers", [self.select], lists * 8 * BUDGET * row + kept
+        yield "tile_mass, all layers", [self.mass], kept
         yield "top_k of all keys, all layers", [lambda: top_k(score, BUDGET, n, impl="triton")], score.numel() * 4
         yield "torch.topk of all keys, all layers", [lambda: score.flatten(0, 2).topk(BUDGET)], score.numel() * 4
         yield (
@@ -343,11 +348,6 @@ class Block:
             per_layer,
         )
         yield (
-            "tile_mass, one layer",
-            [lambda: tile_mass(tiles, self.last_mass, n, self.tile, impl="triton")] * 4,
-            tiles.numel() * 4,
-        )
-        yield (
             "mean_probability of all keys, one layer",
             [lambda i=i: mean_probability(q[i], k[i], self.log_mass[i], n, self.scale, impl="triton") for i in layers],
             prefix,
@@ -369,11 +369,14 @@ class Block:
         yield "confidence of one block", [lambda: confidence(logits, exclude=5, impl="triton")] * 4, logits.numel() * 2
 
 
+NOTES = {"select_keys, all layers": "with tile_mass of all layers, which was part of mage+scores until bd13d5e"}
+
+
 def measure_operations(shape: Shape, context: int) -> Iterator[Row]:
     """What MAGE adds around attention; times of one call."""
     facts = (shape.name, shape.query_heads, shape.kv_heads, shape.head_dim, context, 1)
     for name, calls, moved in Block(shape, context).operations():
-        yield Row(*facts, name, round(graph_ms(calls), 5), round(moved / BYTES_PER_MS, 5))
+        yield Row(*facts, name, round(graph_ms(calls), 5), round(moved / BYTES_PER_MS, 5), NOTES.get(name))
 
 
 def show(row: Row) -> None:

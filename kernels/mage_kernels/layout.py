@@ -36,6 +36,24 @@ def check_counts(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError(f"{op}: {name} must be contiguous int32, got {tensor.dtype} with strides {tensor.stride()}")
 
 
+def check_log_mass(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> None:
+    """Raises ValueError unless `tensor` is contiguous, of that shape and of one of `dtypes`."""
+    check_shape(op, name, tensor, shape)
+    if tensor.dtype not in dtypes or not tensor.is_contiguous():
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{op}: {name} must be contiguous {wanted}, got {tensor.dtype}, strides {tensor.stride()}")
+
+
+MASS_DTYPES = (torch.float32, torch.float16)
+"""Of a tile's log mass; float16, whose rounding shifts a mass by up to 1 %, is an experiment."""
+
+
 def check_block(op: str, query: Tensor, block: int | None) -> None:
     """Raises ValueError unless the packed rows are those of whole blocks."""
     if block is not None and (block < 1 or query.shape[-2] % block):

@@ -20,6 +20,7 @@ from mage_tune.bench.measure import GIB, make_engine, measure
 from mage_tune.bench.profiling import profile_steps
 from mage_tune.bench.report import describe, draw_plots, print_table, write_json
 from mage_tune.decode.engine.cache import Cache
+from mage_tune.decode.engine.choice import masses_bytes
 from mage_tune.decode.engine.weights import SHAPES, Weights, random_weights, weights_of
 from mage_tune.environment import environment
 from mage_tune.families import FAMILIES, Family
@@ -32,7 +33,7 @@ MOST_CPU_WEIGHTS = 10**9
 """Published shapes beyond this are not drawn where there is no GPU."""
 
 SPARE_GIB = 4.0
-"""Memory that weights and cache leave to activations, scores, graphs and the allocator."""
+"""Memory that weights, cache and tiles' log masses leave to activations, scores, graphs and the allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ class Timer:
                 self.weights = case.model, model.make()
             _free()
             weights = self.weights[1]
-            _check_memory(weights, case.batch * (case.context + size))
+            _check_memory(weights, case.batch, case.context + size, size)
             cache = Cache(weights, case.batch, case.context + size)
             cache.fill_random()
             self.cache = case.group, cache
@@ -236,13 +237,14 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _check_memory(weights: Weights, tokens: int) -> None:
+def _check_memory(weights: Weights, batch: int, capacity: int, block_size: int) -> None:
     if weights.device.type != "cuda":
         return
-    needed = weights.shape.kv_per_token * tokens * BYTES / GIB
+    cached = weights.shape.kv_per_token * batch * capacity * BYTES / GIB
+    masses = masses_bytes(weights, batch, capacity, block_size) / GIB  # of MAGE, which every case is compared with
     free = torch.cuda.mem_get_info(weights.device)[0] / GIB
-    if needed + SPARE_GIB > free:
-        raise ValueError(f"a cache of {needed:.1f} GiB does not fit into {free:.1f} GiB of free memory")
+    if cached + masses + SPARE_GIB > free:
+        raise ValueError(f"a cache of {cached:.1f} GiB does not fit into {free:.1f} GiB of free memory")
 
 
 def _model(name: str, device: torch.device, dtype: torch.dtype) -> Model:

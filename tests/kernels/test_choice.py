@@ -60,7 +60,8 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device):
     x = torch.randn(2, 2, 5, 16, dtype=torch.float16, device=device)
     count = torch.tensor([3, 5], dtype=torch.int32, device=device)
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_op, (x, x, x, count, 0.3, x, x, 0, 16, 0), test_utils=utilities)
+    masses = torch.empty(2, 2, 1, 5, device=device), torch.empty(2, 2, 5, device=device)
+    torch.library.opcheck(_op, (x, x, x, count, 0.3, x, x, 0, 16, *masses, 0), test_utils=utilities)
     torch.library.opcheck(small, (x, x, x, count.repeat(2, 1), 0.3, 2, 5), test_utils=utilities)
 
 
@@ -70,7 +71,8 @@ def test_compiles_without_graph_breaks(impl, device):
     count = torch.tensor([3, 5], dtype=torch.int32, device=device)
 
     def attend(q, n):
-        out = exact_attention(q, q, q, n, 0.3, impl=impl).out
+        masses = q.new_zeros(2, 2, 1, 5, dtype=torch.float32), q.new_zeros(2, 2, 5, dtype=torch.float32)
+        out = exact_attention(q, q, q, n, 0.3, tile=16, masses=masses, impl=impl).out + masses[1][..., None].half()
         return small_attention(out, q, q, n.repeat(2, 1), 0.3, own=1, impl=impl)[0] + 1
 
     compiled = torch.compile(attend, backend="eager", fullgraph=True)

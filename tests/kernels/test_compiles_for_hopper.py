@@ -20,13 +20,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from mage_kernels.exact_attention.hopper_kernel import hopper_split_kernel as kernel
 
-for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items():
+for name, (dim, groups, block_n, stages, masses_of, kept) in json.loads(sys.argv[1]).items():
     layout = gl.NVMMASharedLayout.get_default_for([block_n, dim], gl.bfloat16)
-    pointers = dict(query="*bf16", lengths="*i32", part_out="*fp32", part_mass="*fp32", tile_mass="*fp32")
+    pointers = dict(query="*bf16", lengths="*i32", part_out="*fp32", part_mass="*fp32", tile_mass=kept)
     pointers |= dict(qk_scale="fp32")
     descriptors = dict.fromkeys(("key", "value"), f"tensordesc<bf16[{block_n}, {dim}],{layout!r}>")
     registers = 240 if groups == 2 else 160
-    fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TILE_MASS=bool(mass))
+    fixed = dict(D=dim, GROUPS=groups, BLOCK_N=block_n, STAGES=stages, MASSES_OF=masses_of)
     fixed |= dict(REGISTERS=registers, num_warps=4)
     types = pointers | descriptors | dict.fromkeys(fixed, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
@@ -38,8 +38,16 @@ for name, (dim, groups, block_n, stages, mass) in json.loads(sys.argv[1]).items(
 """
 
 
-SHAPES = {"128-rows": (128, 2, 128, 2, 1), "192-rows": (128, 3, 64, 3, 1), "short": (128, 2, 64, 3, 0)}
-"""head_dim, warp groups, tile, stages, whether tiles' masses are kept."""
+SHAPES = {
+    "128-rows": (128, 2, 128, 2, 1, "*fp32"),
+    "128-rows-fp16": (128, 2, 128, 2, 1, "*fp16"),
+    "192-rows": (128, 3, 64, 3, 2, "*fp32"),
+    "192-rows-64-keys": (128, 3, 64, 3, 1, "*fp32"),
+    "192-rows-no-masses": (128, 3, 64, 3, 0, "*fp32"),
+    "short": (128, 2, 64, 3, 2, "*fp32"),
+    "short-no-masses": (128, 2, 64, 3, 0, "*fp32"),
+}
+"""head_dim, warp groups, tile, stages, tiles that share a mass (0: none are kept), in which type masses are kept."""
 
 
 @pytest.fixture(scope="module")

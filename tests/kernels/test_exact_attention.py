@@ -71,10 +71,46 @@ def test_only_later_rows_see_the_block_itself(device, impl, start):
     q, k, v, lengths, own = make(2, 2, 32, 50, 32, torch.float16, device, [50, 0])
     got = exact_attention(q, k, v, lengths, 0.2, **own, own_from=start, tile=16, impl=impl)
     all_see, none_see = (exact_attention(q, k, v, lengths, 0.2, **own_, tile=16, impl=impl) for own_ in (own, {}))
-    for name in ("out", "log_mass", "prefix_log_mass"):
+    for name in ("out", "log_mass"):
         found, late, early = (getattr(seen, name) for seen in (got, all_see, none_see))
         assert found[:, :, start:].equal(late[:, :, start:]) and found[:, :, :start].equal(early[:, :, :start])
     assert got.out.isfinite().all()
+    assert got.prefix_log_mass.equal(all_see.prefix_log_mass[:, :, start:])
+    assert got.tile_log_mass[0].equal(all_see.tile_log_mass[0, ..., start:])  # row 1 has no tile
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("start", [0, 16, 5])
+def test_masses_in_memory_of_all_layers_are_those_in_new_memory(device, impl, start):
+    """A layer's slice of the buffers is written, bit for bit, and nothing beside it."""
+    q, k, v, lengths, own = make(3, 2, 32, 75, 32, torch.float16, device, [75, 7, 0])
+    given = {**own, "own_from": start, "tile": 16, "impl": impl}
+    expected = exact_attention(q, k, v, lengths, 0.2, **given)
+    for dtype in (torch.float32, torch.float16):
+        tiles = torch.full((3, 3, 2, 5, 32 - start), 7.0, dtype=dtype, device=device)
+        prefix = torch.full((3, 3, 2, 32 - start), 7.0, device=device)
+        got = exact_attention(q, k, v, lengths, 0.2, **given, masses=(tiles[1], prefix[1]))
+        assert got.tile_log_mass.data_ptr() == tiles[1].data_ptr()
+        assert got.out.equal(expected.out) and got.log_mass.equal(expected.log_mass)
+        assert prefix[1].equal(expected.prefix_log_mass)
+        for row, count in ((0, 5), (1, 1)):
+            assert tiles[1, row, :, :count].equal(expected.tile_log_mass[row, :, :count].to(dtype))
+        assert (tiles[::2] == 7).all() and (prefix[::2] == 7).all()
+
+
+def test_memory_for_masses_must_fit():
+    x = torch.zeros(1, 2, 8, 16)
+    for tile, tiles, prefix, message in [
+        (None, (1, 2, 1, 8), (1, 2, 8), "say of how many keys"),
+        (16, (1, 2, 2, 8), (1, 2, 8), r"masses\[0\] has shape"),
+        (16, (1, 2, 1, 8), (1, 2, 7), r"masses\[1\] has shape"),
+    ]:
+        masses = torch.zeros(tiles), torch.zeros(prefix)
+        with pytest.raises(ValueError, match=message):
+            exact_attention(x, x, x, torch.ones(1, dtype=torch.int32), 1.0, tile=tile, masses=masses)
+    masses = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="must be contiguous float32 or float16"):
+        exact_attention(x, x, x, torch.ones(1, dtype=torch.int32), 1.0, tile=16, masses=masses)
 
 
 def test_strided_caches(device):
@@ -109,8 +145,8 @@ def test_splits_fill_the_machine_and_never_exceed_the_most():
 def test_three_warp_groups_only_where_they_waste_less():
     from mage_kernels.exact_attention.hopper import choose_tiles
 
-    assert choose_tiles(16, 192, 0) == (192, 64, 3) == choose_tiles(16, 192, 64)
-    assert choose_tiles(16, 192, 128) == choose_tiles(32, 224, 0) == choose_tiles(64, 128, 0) == (128, 128, 2)
+    assert choose_tiles(16, 192, 0) == choose_tiles(16, 192, 64) == choose_tiles(16, 192, 128) == (192, 64, 3)
+    assert choose_tiles(16, 384, 128) == choose_tiles(32, 224, 0) == choose_tiles(64, 128, 0) == (128, 128, 2)
     assert choose_tiles(2, 192, 0) == (128, 128, 2) and choose_tiles(32, 224, 64) == (128, 64, 3)
 
 
@@ -128,7 +164,8 @@ def test_short_prefixes_of_few_rows_take_small_tiles(monkeypatch):
     long = (128, 128, 16, 4, 2, True)
     assert plan(1, 8, 128, 8192) == plan(1, 8, 128, 8192 + 32) == (128, 64, 8, 4, 3, True)
     assert plan(8, 8, 128, 8192) == (128, 64, 2, 4, 3, True)
-    assert plan(1, 8, 128, 8192, tile=128) == plan(1, 8, 128, 32768) == long
+    assert plan(1, 8, 128, 8192, tile=128) == (128, 64, 8, 4, 3, True)  # two tiles share a mass
+    assert plan(1, 8, 128, 32768) == plan(1, 8, 128, 32768, tile=128) == long
     assert plan(1, 4, 224, 8192) == long and plan(1, 2, 128, 8192)[1] == 128
 
 
@@ -172,6 +209,34 @@ def test_full_matrix(rows, dim, length, dtype, device):
         torch.testing.assert_close(got.log_mass[row].double(), mass.squeeze(-1), atol=2e-3, rtol=0)
         sums = got.tile_log_mass[row, :, : -(-size // tile)].double().logsumexp(1)
         torch.testing.assert_close(sums, got.prefix_log_mass[row].double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize(("heads", "rows"), [(2, 192), (1, 100)], ids=["three groups", "two groups"])
+def test_two_tiles_that_share_a_mass(heads, rows, tile, dtype, device):
+    """On Hopper both shapes take tiles of 64 keys, in parts cut between masses; elsewhere tiles of a mass."""
+    from mage_kernels.exact_attention.triton import make_plan
+
+    lengths = [2500, 0, 1, 64, 127, 129, 255, 2176]
+    q, k, v, lengths, own = make(8, heads, rows, 2550, 128, dtype, device, lengths, own=32)
+    plan = make_plan(q, k, v, tile)
+    assert plan.block_n == (64 if plan.is_hopper else tile) and plan.num_splits > 1
+    check_against_float64(q, k, v, lengths, own, tile, 128**-0.5)
+    check_against_float64(q * 30, k, v, lengths, own, tile, 128**-0.5)  # maxima change from tile to tile
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "rows"), [(4, 224), (2, 192)])
+def test_masses_of_a_commit_are_the_next_blocks(heads, rows, dtype, device):
+    """Rows of two blocks at once, of which the later half is observed; another plan may round otherwise."""
+    q, k, v, lengths, own = make(2, heads, 2 * rows, 2550, 128, dtype, device, [2500, 640], own=32)
+    both = exact_attention(q, k, v, lengths, 0.1, **own, own_from=rows, tile=128)
+    later = exact_attention(q[:, :, rows:].contiguous(), k, v, lengths, 0.1, **own, tile=128)
+    torch.testing.assert_close(both.prefix_log_mass, later.prefix_log_mass, atol=2e-4, rtol=0)
+    for row, count in ((0, 20), (1, 5)):
+        found, expected = (seen.tile_log_mass[row, :, :count] for seen in (both, later))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.gpu

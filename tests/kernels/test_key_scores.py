@@ -63,6 +63,22 @@ def test_tile_mass_sums_its_keys(prefix):
     torch.testing.assert_close(mass.double(), expected, atol=1e-5, rtol=2e-3)
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 0.0), (torch.float16, 1e-2)], ids=str)
+def test_masses_kept_of_all_layers_are_averaged_at_once(dtype, close, device):
+    """Bit for bit what each layer's own launch gives; kept in 16 bits, within their rounding."""
+    prefix = Prefix(torch.float16, device)
+    given = {"tile": TILE, "impl": "triton"}
+    layers = list(zip(prefix.query, prefix.key, strict=True))
+    seen = [exact_attention(q, k, k, prefix.lengths, SCALE, **given) for q, k in layers]
+    alone = [tile_mass(s.tile_log_mass, s.prefix_log_mass, prefix.lengths, TILE, impl="triton") for s in seen]
+    tiles = torch.empty(*prefix.tiles.shape, dtype=dtype, device=device)
+    log_mass = torch.empty(*prefix.log_mass.shape, device=device)
+    for (q, k), *masses in zip(layers, tiles, log_mass, strict=True):
+        exact_attention(q, k, k, prefix.lengths, SCALE, **given, masses=tuple(masses))
+    mass = tile_mass(tiles, log_mass, prefix.lengths, TILE, impl="triton")
+    torch.testing.assert_close(mass, torch.stack(alone), atol=0, rtol=close)
+
+
 def test_tile_probability_scores_the_tiles_listed(prefix):
     device = prefix.key.device
     tiles = torch.tensor([0, 2, 5], dtype=torch.int32, device=device).repeat(LAYERS, BATCH, HEADS, 1)

@@ -29,11 +29,12 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, tile: int) -> str | None:
 def choose_tiles(batch_heads: int, num_rows: int, tile: int) -> tuple[int, int, int]:
     """(rows of a program, keys of a tile, stages), of those that were fastest on an H100 (docs/performance.md).
 
-    Three computing warp groups leave registers for tiles of 64 keys alone. They pay where they waste fewer rows, and
-    where there are KV heads enough that the prefix need not be cut into many more parts to fill the GPU.
+    Three computing warp groups leave registers for tiles of 64 keys alone, of which two may share a mass. They pay
+    where they waste fewer rows, and where there are KV heads enough that the prefix need not be cut into many more
+    parts to fill the GPU.
     """
     wasted = {rows: -num_rows % rows for rows in (128, 192)}
-    if tile != 128 and batch_heads >= 8 and wasted[192] < wasted[128]:
+    if batch_heads >= 8 and wasted[192] < wasted[128]:
         return 192, 64, 3
     return (128, 64, 3) if tile == 64 else (128, 128, 2)
 

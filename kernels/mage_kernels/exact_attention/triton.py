@@ -3,7 +3,8 @@
 A program of the first kernel owns BLOCK_M rows and one part of the prefix's whole tiles; the number of parts is the
 same for every length and they are cut on the device, so a captured graph stays right. The merging kernel adds what
 needs masks by itself, since it is little: the keys after the last whole tile, and the block's own. So the first kernel
-is one loop without conditions, and the log-sum-exp over the prefix alone falls out on the way.
+is one loop without conditions, and the log-sum-exp over the prefix alone falls out on the way. Where two tiles share a
+mass, "whole tile" means both.
 Logits live in base 2 inside (exp2 is what the hardware has); results are natural logarithms.
 """
 
@@ -31,9 +32,10 @@ def split_kernel(
     lengths,
     part_out,  # [batch * heads, num_splits, R, D] float32
     part_mass,  # [batch * heads, num_splits, R] float32, base 2
-    tile_mass,  # [batch * heads, T, R] float32, or unused
+    tile_mass,  # [batch * heads, T, R - mass_from], or unused
     qk_scale,
     num_rows,
+    mass_from,
     num_tiles,
     q_batch,
     q_head,
@@ -73,7 +75,8 @@ def split_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_tile = tile_mass + (i_bh * num_tiles + start) * num_rows + o_m
+    p_tile = tile_mass + (i_bh * num_tiles + start) * (num_rows - mass_from) + o_m - mass_from
+    m_tile = m_m & (o_m >= mass_from)
     for _ in range(start, end):
         if BLOCK_D == D:
             b_k = tl.load(p_k)
@@ -83,8 +86,8 @@ def split_kernel(
             b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
         b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, o_n < BLOCK_N, b_acc, b_max, b_sum, qk_scale, False)
         if TILE_MASS:
-            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_m)
-            p_tile += num_rows
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_tile)
+            p_tile += num_rows - mass_from
         p_k += BLOCK_N * k_row
         p_v += BLOCK_N * v_row
     tl.store(p_mass, b_max + tl.log2(b_sum), mask=m_m)
@@ -106,7 +109,7 @@ def merge_kernel(
     tile_mass,
     out,  # [batch * heads, R, D], or [batch, POSITIONS, query heads, D]
     log_mass,  # [batch * heads, R]
-    prefix_log_mass,  # [batch * heads, R]
+    prefix_log_mass,  # [batch * heads, R - OWN_FROM]
     qk_scale,
     num_rows,
     num_tiles,
@@ -151,6 +154,8 @@ def merge_kernel(
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     m_m = o_m < num_rows
     m_first = m_m & (i_v == 0)  # what all programs of these rows know, one of them writes
+    m_kept = m_first & (o_m >= OWN_FROM)
+    kept = num_rows - OWN_FROM
     b_q = tl.load(
         query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d, mask=m_m[:, None] & (o_d < D), other=0.0
     )
@@ -189,10 +194,10 @@ def merge_kernel(
         b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < D), other=0.0)
         b_acc, b_max, b_sum, b_tile = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
         if TILE_MASS:
-            p_tile = tile_mass + (i_bh * num_tiles + tail // BLOCK_N) * num_rows + o_m
-            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_first)
-    o_row = i_bh * num_rows + o_m
-    tl.store(prefix_log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
+            p_tile = tile_mass + (i_bh * num_tiles + tail // BLOCK_N) * kept + o_m - OWN_FROM
+            tl.store(p_tile, (b_max + tl.log2(b_tile)) * LN_2, mask=m_kept)
+    p_prefix = prefix_log_mass + i_bh * kept + o_m - OWN_FROM
+    tl.store(p_prefix, (b_max + tl.log2(b_sum)) * LN_2, mask=m_kept)
     if OWN > 0:
         b_all, b_top, b_total, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
         m_see = o_m >= OWN_FROM
@@ -201,7 +206,7 @@ def merge_kernel(
     b_divisor = tl.where(b_sum > 0, b_sum, 1.0)
     p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_v
     tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & (o_v < D))
-    tl.store(log_mass + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
+    tl.store(log_mass + i_bh * num_rows + o_m, (b_max + tl.log2(b_sum)) * LN_2, mask=m_first)
 
 
 class Plan(NamedTuple):
@@ -217,7 +222,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
-    """The plan for these tensors on their device; `tile`, if not 0, decides the tiles of keys."""
+    """The plan for these tensors on their device, with tiles that share masses of `tile` keys where that is not 0."""
     batch, heads, num_rows, head_dim = query.shape
     is_hopper = hopper.why_not(query, key, value, tile) is None
     if is_hopper:
@@ -227,9 +232,9 @@ def make_plan(query: Tensor, key: Tensor, value: Tensor, tile: int) -> Plan:
         block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
         block_n, num_warps, num_stages = tile or 64, 8 if block_m >= 128 else 4, 3 if head_dim <= 128 else 2
     min_part = MIN_PART
-    if is_hopper and not tile and num_rows <= 128 and batch * heads >= 8 and key.shape[-2] <= SHORT:
+    if is_hopper and num_rows <= 128 and batch * heads >= 8 and key.shape[-2] <= SHORT:
         # 1 % faster than the tiles of long prefixes for SDAR-8B at 8K, batch 1, and 5 % at batch 8
-        # (docs/performance.md); longer prefixes and passes that keep tile masses were not measured.
+        # (docs/performance.md); longer prefixes were not measured. With masses, of two tiles, it is not slower.
         block_n, num_stages, min_part = 64, 3, 2 * MIN_PART
     columns = batch * heads * triton.cdiv(num_rows, block_m)
     num_splits = choose_splits(columns, key.shape[-2] // min_part, num_slots(query))
@@ -263,14 +268,22 @@ def exact_attention(
     own_value: Tensor | None,
     own_from: int,
     tile: int | None,
+    masses: tuple[Tensor, Tensor] | None,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `mage_kernels.exact_attention.exact_attention`."""
-    *seen, tile_log_mass = _op(query, key, value, lengths, scale, own_key, own_value, own_from, tile or 0, block)
-    return *seen, tile_log_mass if tile else None
+    if masses is None:
+        batch, heads, num_rows, _ = query.shape
+        num_tiles = -(-key.shape[-2] // tile) if tile else 0
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+        kept = num_rows - own_from
+        masses = torch.empty(batch, heads, num_tiles, kept, **floats), torch.empty(batch, heads, kept, **floats)
+    own = (own_key, own_value, own_from)
+    out, log_mass = _op(query, key, value, lengths, scale, *own, tile or 0, *masses, block)
+    return out, log_mass, masses[1], masses[0] if tile else None
 
 
-@torch.library.custom_op("mage_kernels::exact_attention", mutates_args=())
+@torch.library.custom_op("mage_kernels::exact_attention", mutates_args=("tile_mass", "prefix_log_mass"))
 def _op(
     query: Tensor,
     key: Tensor,
@@ -281,10 +294,12 @@ def _op(
     own_value: Tensor | None,
     own_from: int,
     tile: int,
+    tile_mass: Tensor,
+    prefix_log_mass: Tensor,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = make_plan(query, key, value, tile)
-    return launch(plan, query, key, value, lengths, scale, own_key, own_value, own_from, tile, block)
+) -> tuple[Tensor, Tensor]:
+    plan, own = make_plan(query, key, value, tile), (own_key, own_value, own_from)
+    return launch(plan, query, key, value, lengths, scale, *own, tile, tile_mass, prefix_log_mass, block)
 
 
 @_op.register_fake
@@ -298,22 +313,16 @@ def _(
     own_value: Tensor | None,
     own_from: int,
     tile: int,
+    tile_mass: Tensor,
+    prefix_log_mass: Tensor,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(query, key, tile, block)
+) -> tuple[Tensor, Tensor]:
+    return _outputs(query, block)
 
 
-def _outputs(query: Tensor, key: Tensor, tile: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, num_rows, _ = query.shape
-    num_tiles = -(-key.shape[-2] // tile) if tile else 0
-    rows = (batch, heads, num_rows)
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    return (
-        torch.empty(output_shape(query, block), dtype=query.dtype, device=query.device),
-        torch.empty(rows, **floats),
-        torch.empty(rows, **floats),
-        torch.empty(batch, heads, num_tiles, num_rows, **floats),
-    )
+def _outputs(query: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty(output_shape(query, block), dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
 
 
 def num_slots(tensor: Tensor) -> int:
@@ -334,12 +343,15 @@ def launch(
     own_value: Tensor | None,
     own_from: int,
     tile: int,
+    tile_mass: Tensor,
+    prefix_log_mass: Tensor,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both kernels under a plan; `tile`, if not 0, is the plan's block_n, and `block` puts `out` in order of tokens."""
-    assert not tile or tile == plan.block_n
+) -> tuple[Tensor, Tensor]:
+    """Both kernels under a plan, whose tiles share masses of `tile` keys; `block` puts `out` in order of tokens."""
+    masses_of = tile // plan.block_n
+    assert tile == masses_of * plan.block_n and masses_of <= (2 if plan.is_hopper else 1)
     batch, heads, num_rows, head_dim = query.shape
-    out, log_mass, prefix_log_mass, tile_mass = _outputs(query, key, tile, block)
+    out, log_mass = _outputs(query, block)
     parts = (batch * heads, plan.num_splits, num_rows)
     part_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
     part_mass = torch.empty(parts, dtype=torch.float32, device=query.device)
@@ -354,12 +366,14 @@ def launch(
             block_n=plan.block_n,
             num_splits=plan.num_splits,
             stages=plan.num_stages,
-            with_tile_mass=tile > 0,
+            masses_of=masses_of,
+            mass_from=own_from,
         )
     else:
         split_kernel[(triton.cdiv(num_rows, plan.block_m), plan.num_splits, batch * heads)](
             *inputs,
             num_rows,
+            own_from,
             tile_mass.shape[2],
             *query.stride()[:3],
             *key.stride()[:3],
@@ -404,7 +418,7 @@ def launch(
         BLOCK_D=block_d,
         BLOCK_V=block_v,
         BLOCK_M=16,
-        BLOCK_N=plan.block_n,
+        BLOCK_N=tile or plan.block_n,
         BLOCK_S=min(16, triton.next_power_of_2(plan.num_splits)),
         OWN=own,
         BLOCK_OWN=max(16, triton.next_power_of_2(own)),
@@ -414,4 +428,4 @@ def launch(
         num_warps=4,
         num_stages=2,
     )
-    return out, log_mass, prefix_log_mass, tile_mass
+    return out, log_mass

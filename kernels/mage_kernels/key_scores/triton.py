@@ -81,7 +81,7 @@ def probability_kernel(
 
 @triton.jit
 def mass_kernel(
-    tile_log_mass,  # [layers * batch * heads, T, R]
+    tile_log_mass,  # [layers * batch * heads, T, R], float32 or float16
     log_mass,
     lengths,
     mass,  # [layers * batch * heads, T]
@@ -104,7 +104,7 @@ def mass_kernel(
         b_all = tl.load(log_mass + i_row * num_rows + o_r, mask=m_r, other=0.0)
         p_tile = tile_log_mass + (i_row * num_tiles + o_t[:, None]) * num_rows + o_r[None, :]
         b_tile = tl.load(p_tile, mask=m_t[:, None] & m_r[None, :], other=float("-inf"))  # [BLOCK_T, BLOCK_R]
-        b_mass += tl.sum(tl.exp2((b_tile - b_all[None, :]) * LOG2_E), 1)
+        b_mass += tl.sum(tl.exp2((b_tile.to(tl.float32) - b_all[None, :]) * LOG2_E), 1)
     tl.store(mass + i_row * num_tiles + o_t, tl.where(m_t, b_mass / num_rows, 0.0), mask=o_t < num_tiles)
 
 
@@ -222,7 +222,7 @@ def _score_of(query: Tensor, key: Tensor, tiles: Tensor | None, tile: int) -> Te
 def tile_mass(tile_log_mass: Tensor, log_mass: Tensor, lengths: Tensor, tile: int) -> Tensor:
     """See `mage_kernels.key_scores.tile_mass`; every tensor with its layers."""
     layers, batch, heads, num_tiles, num_rows = tile_log_mass.shape
-    mass = tile_log_mass.new_empty(layers, batch, heads, num_tiles)
+    mass = log_mass.new_empty(layers, batch, heads, num_tiles)
     block_t = 16
     mass_kernel[(triton.cdiv(num_tiles, block_t), layers * batch * heads)](
         tile_log_mass,
@@ -243,7 +243,7 @@ def tile_mass(tile_log_mass: Tensor, log_mass: Tensor, lengths: Tensor, tile: in
 
 @tile_mass.register_fake
 def _(tile_log_mass: Tensor, log_mass: Tensor, lengths: Tensor, tile: int) -> Tensor:
-    return tile_log_mass.new_empty(tile_log_mass.shape[:-1])
+    return log_mass.new_empty(tile_log_mass.shape[:-1])
 
 
 @torch.library.custom_op("mage_kernels::mean_logit", mutates_args=())

@@ -120,8 +120,11 @@ class Observer(Protocol):
     def rows(self, layer: int) -> Tensor | None:
         """Where to put a layer's query rows, if the rule keeps them."""
 
-    def observe(self, layer: int, rows: Tensor, attended: Attended) -> None:
-        """Take note of a layer."""
+    def masses(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Where to put a layer's log masses of tiles and of the prefix, if the rule keeps them."""
+
+    def observe(self, layer: int, attended: Attended) -> None:
+        """Take note of what a layer's rows saw; their outputs are in any order, with others'."""
 
 
 @dataclass
@@ -147,10 +150,11 @@ class ScoringAttention:
             own_key=frame.own_key,
             own_value=frame.own_value,
             tile=observer.tile,
+            masses=observer.masses(layer),
             block=frame.block_size,
             impl=frame.impl,
         )
-        observer.observe(layer, rows, attended)
+        observer.observe(layer, attended)
         return attended.out
 
 
@@ -188,27 +192,17 @@ class CommittingAttention:
             own_value=frame.own_value,
             own_from=count,
             tile=observer.tile if observer is not None else None,
+            masses=observer.masses(layer) if observer is not None else None,
             impl=frame.impl,
         )
         if observer is not None:
-            observer.observe(layer, second, _rows_from(attended, count))
+            observer.observe(layer, attended)  # masses are of the rows that see their own block: the next one's
         return torch.cat([by_token(half, frame.block_size) for half in attended.out.split(count, dim=2)])
 
 
 def _halves(qkv: Tensor) -> list[Tensor]:
     """The rows of either half of the batch."""
     return [half.contiguous() for half in qkv.chunk(2, dim=-2)]
-
-
-def _rows_from(attended: Attended, start: int) -> Attended:
-    """What the rows from `start` on saw."""
-    tiles = attended.tile_log_mass
-    return Attended(
-        attended.out[:, :, start:],
-        attended.log_mass[:, :, start:].contiguous(),
-        attended.prefix_log_mass[:, :, start:].contiguous(),
-        None if tiles is None else tiles[..., start:].contiguous(),
-    )
 
 
 MOST_SMALL_SLOTS = 4096
