@@ -100,11 +100,16 @@ def attend_kernel(
         last = tl.minimum(total, first + part_size)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        o_own = o_n - num_keys
         m_n, m_front = o_n < total, o_n < num_keys
-        o_row = tl.load(index + i_bh * k + o_n, mask=m_front, other=0).to(tl.int64) if GATHER else o_n
-        p_key = tl.where(m_front, p_k + o_row * k_row, p_own_k + o_own * ok_row)[:, None] + o_d[None, :]
-        p_value = tl.where(m_front, p_v + o_row * v_row, p_own_v + o_own * ov_row)[:, None] + o_d[None, :]
+        if GATHER:
+            o_row = tl.load(index + i_bh * k + o_n, mask=m_front, other=0).to(tl.int64)
+            o_own = o_n - num_keys
+            p_key = tl.where(m_front, p_k + o_row * k_row, p_own_k + o_own * ok_row)[:, None] + o_d[None, :]
+            p_value = tl.where(m_front, p_v + o_row * v_row, p_own_v + o_own * ov_row)[:, None] + o_d[None, :]
+        else:  # the block's own lie k slots behind the first
+            o_row = tl.where(m_front, o_n, o_n - num_keys + k)[:, None]
+            p_key = p_k + o_row * k_row + o_d[None, :]
+            p_value = p_v + o_row * v_row + o_d[None, :]
         m_nd = m_n[:, None] & m_d[None, :]
         b_k = tl.load(p_key, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(p_value, mask=m_nd, other=0.0)
