@@ -6,8 +6,9 @@ Llama, Qwen2 or Qwen3 with plain LoRA another training pass:
 
 - an adapter costs its layer no pass over memory: the input x is widened to [x, A x], the weight to [W, s B], and one
   product gives W x + s B A x; its transpose gives the gradients of x and of A x together. Layers that share an input
-  (q, k, v; gate, up) share the widened one. Ranks are padded with zeros to multiples of 8, which products of 16-bit
-  numbers need to be fast;
+  (q, k, v; gate, up) share the widened one, and lie in one matrix. Small models, whose steps wait for the host, keep
+  that matrix, and adapters are written into it once a pass. Ranks are padded with zeros to multiples of 8, which
+  products of 16-bit numbers need to be fast;
 - norm, rotary positions and SwiGLU are one kernel each, forward and backward (compiled on a GPU, plain torch else); the
   gradient of the residual joins that of the norm inside it;
 - autograd keeps the residual stream, q, k, v, the attention's output, gate and up; the rest is made again in passing.
@@ -61,17 +62,13 @@ def fuse(
         ValueError: a layer or adapter is of a kind whose arithmetic differs.
     """
     layers: Any = causal_lm(model).model.layers
-    keep = frozen_bytes(layers) <= kept_bytes
+    frozen = [p for p in layers.parameters() if not p.requires_grad]
+    is_packed = any(hasattr(p, "quant_state") for p in frozen)  # unpacked, 4-bit weights would take four times the room
+    keep = not is_packed and sum(p.numel() * p.element_size() for p in frozen) <= kept_bytes
     for layer in layers:
         refuse_unsupported(layer)
-        layer.forward = MethodType(
-            _training_forward(layer.forward, layer_linears(layer, keep), recompute, offload), layer
-        )
-
-
-def frozen_bytes(layers: nn.Module) -> int:
-    """Of the parameters that are not trained."""
-    return sum(p.numel() * p.element_size() for p in layers.parameters() if not p.requires_grad)
+        linears = layer_linears(layer, keep)
+        layer.forward = MethodType(_training_forward(layer.forward, linears, recompute, offload), layer)
 
 
 def refuse_unsupported(layer: Any) -> None:
@@ -144,7 +141,7 @@ def layer_forward(
     query, key, value, hidden = normed_linears(hidden, layer.input_layernorm, linears.qkv, attention.head_dim)
     if hasattr(attention, "q_norm"):  # Qwen3
         query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = Rotate.apply(query, key, *(x[:, None] for x in rotary))
+    query, key, value = Rotate.apply(query, key, value, *(x[:, None] for x in rotary))
     out = attend(attention.layer_idx, query, key, value, attention.scaling)
     (attended,) = normed_linears(out, None, linears.out)
     hidden = hidden + attended
@@ -637,21 +634,35 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return turn(query), turn(key)
 
 
+def rotated_apart(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotated`, and the values on their own: a part of q k v would keep the whole."""
+    return *rotated(query, key, cos, sin), value.clone()
+
+
+def turned_back(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `rotated`."""
+    return rotated(query, key, cos, -sin)
+
+
 class Rotate(torch.autograd.Function):
-    """`rotated`; the backward pass turns back, as both halves of `sin` are alike."""
+    """`rotated_apart`; the backward pass turns back, as both halves of `sin` are alike."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Turned queries and keys."""
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys, and values."""
         ctx.save_for_backward(cos, sin)
-        return fast(rotated)(query, key, cos, sin)
+        return fast(rotated_apart)(query, key, value, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients, turned back."""
         cos, sin = ctx.saved_tensors
-        return *fast(rotated)(grad_query, grad_key, cos, -sin), None, None
+        return *fast(turned_back)(grad_query, grad_key, cos, sin), grad_value, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

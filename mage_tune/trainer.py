@@ -7,6 +7,7 @@ accumulation and several GPUs do not change the loss. Its checkpoints appear who
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -122,9 +123,7 @@ class MageTrainer(Trainer):
         items = torch.stack([self.stream_loss.items(batch) for batch in batch_samples]).sum(0).to(device)
         return self.accelerator.reduce(items, reduction="sum") if self.accelerator.num_processes > 1 else items
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's for what a recipe can ask, but that walks over the model's modules in every micro-step.
 
         With adapters there are thousands, and between two steps a GPU waits for the host.
@@ -321,6 +320,31 @@ class PrefetchLayers(TrainerCallback):
         for before, layer in pairwise(layers):
             if isinstance(layer, FSDPModule):
                 layer.set_modules_to_backward_prefetch([before])
+
+
+class SparedCollections(TrainerCallback):
+    """After the first steps, has Python's garbage collector pass over what is there: modules, compiled code, data.
+
+    A full collection of half a million objects takes as long as one or two steps of a small model, and the device
+    waits for it.
+    """
+
+    WARM_UP = 2
+    """Steps, in which most code is compiled."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is garbage now is collected before."""
+        self.steps += 1
+        if self.steps == self.WARM_UP:
+            gc.collect()
+            gc.freeze()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the process as it was."""
+        gc.unfreeze()
 
 
 def clear_by_list(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
@@ -609,7 +633,7 @@ def build_trainer(
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers()],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers(), SparedCollections()],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
