@@ -7,6 +7,7 @@ accumulation and several GPUs do not change the loss. Its checkpoints appear who
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -57,6 +58,8 @@ from mage_tune.stream_loss import StreamLoss
 from mage_tune.tracking import Tracking
 
 DEEPSPEED = DistributedType.DEEPSPEED
+WHOLE_ON_EVERY_PROCESS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+"""Engines that leave parameters as they are."""
 
 LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
 """Times the median of the last steps at which a loss or a gradient norm is warned about; gradients vary more."""
@@ -99,6 +102,7 @@ class MageTrainer(Trainer):
         self._guards = SpikeGuard("loss", LOSS_SPIKE), SpikeGuard("gradient norm", GRADIENT_SPIKE)
         self._logged: dict[str, float] = defaultdict(float)
         self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
+        self._trained: list[nn.Parameter] = []
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler | None:
         """The data set is the schedule: its order is fixed by the recipe's seed."""
@@ -118,6 +122,33 @@ class MageTrainer(Trainer):
             return None
         items = torch.stack([self.stream_loss.items(batch) for batch in batch_samples]).sum(0).to(device)
         return self.accelerator.reduce(items, reduction="sum") if self.accelerator.num_processes > 1 else items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's for what a recipe can ask, but that walks over the model's modules in every micro-step.
+
+        With adapters there are thousands, and between two steps a GPU waits for the host.
+        """
+        if not self._trained:
+            self._trained = [p for p in model.parameters() if p.requires_grad]
+            if self.accelerator.distributed_type in WHOLE_ON_EVERY_PROCESS:
+                clear_by_list(model, self._trained)
+        if not (model.training and causal_lm(model).training):
+            model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DEEPSPEED else {}
+        self.accelerator.backward(loss, **options)
+        return loss.detach()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: the Trainer's count knows no streams, and walks over the model for it; see `ideal_step_s`."""
+        return 0
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The Trainer's, with the trained parameters at hand."""
+        if self.accelerator.distributed_type not in WHOLE_ON_EVERY_PROCESS:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -289,6 +320,41 @@ class PrefetchLayers(TrainerCallback):
         for before, layer in pairwise(layers):
             if isinstance(layer, FSDPModule):
                 layer.set_modules_to_backward_prefetch([before])
+
+
+class SparedCollections(TrainerCallback):
+    """After the first steps, has Python's garbage collector pass over what is there: modules, compiled code, data.
+
+    A full collection of half a million objects takes as long as one or two steps of a small model, and the device
+    waits for it.
+    """
+
+    WARM_UP = 2
+    """Steps, in which most code is compiled."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is garbage now is collected before."""
+        self.steps += 1
+        if self.steps == self.WARM_UP:
+            gc.collect()
+            gc.freeze()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the process as it was."""
+        gc.unfreeze()
+
+
+def clear_by_list(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Let `model.zero_grad()` forget the gradients of a list instead of looking for parameters in all modules."""
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for p in trained:
+            p.grad = None
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
@@ -567,7 +633,7 @@ def build_trainer(
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers()],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers(), SparedCollections()],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -25,7 +25,7 @@ from mage_tune.recipe_schema import Objective, Train
 from mage_tune.run_folder import ADAPTER_FILE, last_checkpoint, save_adapter
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
-from mage_tune.trainer import learning_rate_share, train
+from mage_tune.trainer import SparedCollections, clear_by_list, learning_rate_share, train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exactness is promised on a CPU")
 
@@ -574,3 +574,25 @@ def test_plain_peft_on_the_plain_base_gives_our_logits(recipe, base, train_mask_
         expected = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(ours.logits(ids), expected, rtol=0, atol=1e-5)
     assert not ours.logits(ids).allclose(load(base).logits(ids), atol=1e-2)
+
+
+def test_the_garbage_collector_passes_over_what_the_first_steps_left(monkeypatch):
+    """Not before their code is compiled, and only as long as the run lasts."""
+    done: list[str] = []
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(trainer_module.gc, name, lambda name=name: done.append(name))
+    spared = SparedCollections()
+    for step in range(1, 5):
+        spared.on_step_end(None, None, None)
+        assert done == (["collect", "freeze"] if step >= spared.WARM_UP else [])
+    spared.on_train_end(None, None, None)
+    assert done[2:] == ["unfreeze"]
+
+
+def test_gradients_are_forgotten_by_list():
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    clear_by_list(model, [model.weight])
+    model(torch.ones(1, 2)).sum().backward()
+    model.zero_grad()
+    assert model.weight.grad is None

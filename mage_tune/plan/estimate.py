@@ -54,12 +54,14 @@ from typing import Any
 from mage_tune.blocks import TILE, round_up
 from mage_tune.data.collate import Collator
 from mage_tune.families import Family
-from mage_tune.fused import padded
+from mage_tune.fused import KEPT_BYTES, padded
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
 
 GIB = 2**30
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linear layers of a decoder layer by the input that they share."""
 CHUNK = 4096
 """Rows projected to logits at once (`objectives.cross_entropy_sum`)."""
 SCORED_BLOCKS = 16
@@ -201,6 +203,8 @@ class Estimate:
         if self.weight_bytes > self.compute_bytes and not (self.is_recomputed or self.is_fused or self.is_quantised):
             size = self.compute_bytes * shape.linear_parameters
             yield item("cast weights", size, "linear layers once more in bfloat16, kept for their input gradients")
+        if self.keeps_wide_weights:
+            yield item("wide weights", self._wide_bytes(), "linear layers once more, with their adapters beside them")
         yield item("adapter", 4 * adapter, f"{adapter / 1e6:.2f} M in float32")
         yield item("gradients", 4 * adapter, "of the adapter, float32")
         yield item("optimizer", 8 * adapter, "two AdamW moments, float32")
@@ -219,6 +223,21 @@ class Estimate:
         phases = dict(self._phases())
         largest = max(phases, key=lambda name: phases[name])
         yield item(f"at the peak: {largest}", phases[largest], "the largest of what is held for a moment only")
+
+    @property
+    def keeps_wide_weights(self) -> bool:
+        """Whether fused layers keep what they make of weights and adapters: those of small models do."""
+        held = self.weight_bytes * self.shape.linear_parameters
+        return self.is_fused and not self.is_quantised and held <= KEPT_BYTES
+
+    def _wide_bytes(self) -> float:
+        """Matrices of `fused.Product`: layers that share an input, beside their adapters' B; and every A."""
+        shape, targets, size = self.shape, set(self._targets), 0
+        for group in GROUPS:
+            inner = padded(self._rank) * len(targets & set(group))
+            inputs, outputs = shape.linears[group[0]][0], sum(shape.linears[name][1] for name in group)
+            size += (outputs * (inputs + inner) + inner * inputs) * bool(inner)
+        return float(self.compute_bytes * size * shape.num_layers)
 
     def layer_bytes(self) -> float:
         """What autograd keeps of one decoder layer, sparse stream and alignment apart.
@@ -418,7 +437,7 @@ class Estimate:
         """Bytes that the adapters of one fused layer move, likewise.
 
         Their products read the input twice and add to its gradient once; they read the output's gradient once. What the
-        attention put out is copied to be widened. Weights are widened in both passes.
+        attention put out is copied to be widened. Weights are widened in both passes, but where that is kept.
         """
         shape, targets = self.shape, set(self._targets)
         groups = {("q_proj", "k_proj", "v_proj"): shape.hidden_size, ("o_proj",): shape.query_size}
@@ -426,7 +445,8 @@ class Estimate:
         inputs = sum(width for names, width in groups.items() if targets & set(names))
         outputs = sum(shape.linears[name][1] for name in targets)
         copied = 2 * shape.query_size * ("o_proj" in targets)
-        weights = 4 * sum(math.prod(shape.linears[name]) for name in targets)
+        passes = 0 if self.keeps_wide_weights else 4
+        weights = passes * sum(math.prod(shape.linears[name]) for name in targets)
         return float(self.compute_bytes * (self.tokens * (4 * inputs + copied + outputs) + weights))
 
     def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
