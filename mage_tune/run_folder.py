@@ -9,13 +9,17 @@ The adapter's weights come last: their presence means that the run has finished.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -31,6 +35,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 STAGING = ".saving"
 """Where a checkpoint lies while it is written; hidden names in `checkpoints/` are swept away by the next save."""
+
+WRITE_FAILED = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
+"""Texts of the RuntimeErrors with which torch.save reports a write that failed; which one depends on where."""
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
@@ -48,6 +55,8 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
             )
         return recipe.train.resume
     last = last_checkpoint(folder / "checkpoints")
+    sweep(folder)
+    sweep(folder / "checkpoints")
     if last is None:
         return None
     if recipe.train.resume == "never":
@@ -64,6 +73,12 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, or None: a run may be killed while it saves."""
     found = checkpoints(folder)
     return str(found[-1]) if found else None
+
+
+def kept(folder: Path) -> str:
+    """What a run that ends early leaves in its folder of checkpoints, for messages."""
+    last = last_checkpoint(folder)
+    return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -89,9 +104,39 @@ def publish_checkpoint(staged: Path, folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a failed or killed save left behind."""
+    """Remove the folders that a failed or killed save left behind."""
     for left in folder.glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def saving(what: str, folder: Path, checkpoints: Path) -> Iterator[None]:
+    """Around a save into `folder`: where a write fails, takes back the space of what it has written and says so.
+
+    Raises:
+        OSError: in place of whichever error told of the write.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not write_failed(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        sweep(folder)  # a full disk needs the space
+        cause = str(error) if free >= 2**20 else os.strerror(errno.ENOSPC)  # torch does not say
+        raise OSError(
+            f"{what} could not be written ({cause}; {free / 2**30:.1f} GiB free); {kept(checkpoints)}"
+        ) from error
+
+
+def write_failed(error: BaseException | None) -> bool:
+    """Whether the system refused a write: this error says so, or one in whose handling it was raised."""
+    while error is not None:
+        is_torch = isinstance(error, RuntimeError) and any(sign in str(error) for sign in WRITE_FAILED)
+        if is_torch or isinstance(error, (OSError, SafetensorError)):
+            return True
+        error = error.__context__
+    return False
 
 
 def _discard(checkpoint: Path) -> None:
@@ -148,18 +193,20 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
 
     Raises:
         NonFiniteError: a weight is not finite; nothing is written.
+        OSError: it could not be written, for example on a full disk.
     """
     state = trained_weights(model) if state is None else state
     refuse_non_finite(state)
     temporary = folder / ".adapter"
     shutil.rmtree(temporary, ignore_errors=True)  # of a process killed right here
-    model.save_pretrained(str(temporary), state_dict=state)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
-    _sync(temporary)
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
-        file.rename(folder / file.name)
-    _sync_entry(folder)
-    temporary.rmdir()
+    with saving("the adapter", folder, folder / "checkpoints"):
+        model.save_pretrained(str(temporary), state_dict=state)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card; ours is written by publishing
+        _sync(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
+            file.rename(folder / file.name)
+        _sync_entry(folder)
+        temporary.rmdir()
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

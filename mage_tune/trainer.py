@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import time
 from collections import defaultdict
@@ -23,7 +22,6 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
@@ -47,6 +45,7 @@ from mage_tune.run_folder import (
     publish_checkpoint,
     refuse_non_finite,
     save_adapter,
+    saving,
     sweep,
     trained_weights,
     whole,
@@ -63,9 +62,6 @@ LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
 
 RECOMPUTED: dict[str, Recompute] = {"off": "nothing", "mlp": "mlp", "non_reentrant": "layer"}
 """What fused layers make again for each value of train.checkpointing."""
-
-WRITE_FAILED = ("PytorchStreamWriter", "iostream error")
-"""Texts of the RuntimeErrors with which torch.save reports a write that failed."""
 
 
 class MageTrainer(Trainer):
@@ -214,21 +210,13 @@ class MageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving_to = folder / STAGING
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(
-                    folder / STAGING / f"checkpoint-{self.state.global_step}", folder, self.schedule.keep_checkpoints
-                )
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
-                raise
-            free = shutil.disk_usage(folder).free / 2**30
-            sweep(folder)  # a full disk needs the space
-            raise OSError(
-                f"step {self.state.global_step}: its checkpoint could not be written ({error}; {free:.1f} GiB free); "
-                f"the last whole one is {last_checkpoint(folder)}"
-            ) from error
+            with saving(f"step {self.state.global_step}: its checkpoint", folder, folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish_checkpoint(
+                        folder / STAGING / f"checkpoint-{self.state.global_step}", folder, self.schedule.keep_checkpoints
+                    )
         finally:
             self._saving_to = None
         self.accelerator.wait_for_everyone()

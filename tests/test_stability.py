@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import mage_tune.run_folder as run_folder_module
 import mage_tune.stream_loss as stream_loss_module
 import mage_tune.trainer as trainer_module
 from mage_tune.cli import describe_error
@@ -142,7 +144,7 @@ def test_a_half_written_line_of_metrics_is_dropped(recipe):
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7, 0.9])
 def test_a_write_that_fails_keeps_the_last_checkpoint(recipe, uninterrupted, monkeypatch, share):
     """The system itself refuses, first the adapter and then the optimizer: in step 3 files may only grow to a limit."""
     save = trainer_module.Trainer._save_checkpoint
@@ -166,6 +168,54 @@ def test_a_write_that_fails_keeps_the_last_checkpoint(recipe, uninterrupted, mon
     assert names(folder / "checkpoints") == {"checkpoint-2"}
     train(recipe("small"))
     assert (folder / ADAPTER_FILE).read_bytes() == uninterrupted()
+
+
+def test_an_adapter_that_cannot_be_written_leaves_nothing_of_itself(recipe, uninterrupted, monkeypatch):
+    save = run_folder_module.save_adapter
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_small_disk(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_adapter", save_on_a_small_disk)
+        with pytest.raises(OSError, match=r"the adapter could not be written \(.*\); .*checkpoint-5") as caught:
+            train(recipe())
+    assert describe_error(caught.value)[1] == 2
+    assert not list(Path(recipe().output).glob("*adapter*"))
+    assert (train(recipe()) / ADAPTER_FILE).read_bytes() == uninterrupted()
+
+
+def test_torchs_error_on_a_full_disk_is_said_to_be_one(recipe, monkeypatch):
+    def full(self, path):
+        try:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        except RuntimeError:
+            raise RuntimeError("whatever its __exit__ says")
+
+    monkeypatch.setattr(MageTrainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(run_folder_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="step 1: its checkpoint could not be written") as caught:
+        train(recipe())
+    line, code = describe_error(caught.value)
+    assert (line[:23], code) == ("the disk is full (step ", 2)
+    assert "No space left on device; 0.0 GiB free); there is no checkpoint yet); free some space" in line
+    assert not names(Path(recipe().output) / "checkpoints")
+
+
+def test_what_a_failed_save_left_is_swept_away_before_the_run_needs_space(recipe, monkeypatch):
+    folder = Path(recipe().output)
+    for half in (folder / "checkpoints" / ".saving" / "checkpoint-9", folder / ".adapter"):
+        half.mkdir(parents=True)
+    seen = []
+    monkeypatch.setattr(trainer_module, "load_recipe_backbone", lambda _: seen.append(list(folder.rglob(".*"))) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe())
+    assert seen == [[]]
 
 
 def test_a_full_disk_is_said_in_one_line(recipe, monkeypatch):
