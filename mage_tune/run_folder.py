@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from mage_tune.backbone import write_family
 from mage_tune.environment import environment
 from mage_tune.families import Family
-from mage_tune.recipe import Recipe, RecipeError, resolved_yaml
+from mage_tune.recipe import Recipe, RecipeError, load_recipe, resolved_yaml
 from mage_tune.stability import NonFiniteError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -35,6 +35,12 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 STAGING = ".saving"
 """Where a checkpoint lies while it is written; hidden names in `checkpoints/` are swept away by the next save."""
+
+DECIDES_NOTHING = {
+    *("name", "output", "eval", "data.workers", "train.resume", "train.sample_every", "train.save_every"),
+    *("train.keep_checkpoints", "train.log_every", "train.trackers", "train.checkpointing", "train.offload"),
+}
+"""Keys of a recipe, or whole sections, that do not change what comes out of its run: a run may go on with others."""
 
 WRITE_FAILED = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
 """Texts of the RuntimeErrors with which torch.save reports a write that failed; which one depends on where."""
@@ -46,6 +52,9 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
     Raises:
         RecipeError: see `train`.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"output: {there} is a file; name a folder, which may be a new one")
     if (folder / ADAPTER_FILE).exists():
         raise RecipeError(f"{folder}: holds a finished run; choose another output, or remove the folder to train again")
     if recipe.train.resume not in ("auto", "never"):
@@ -61,10 +70,14 @@ def prepare_folder(folder: Path, recipe: Recipe) -> str | None:
         return None
     if recipe.train.resume == "never":
         raise RecipeError(f"{folder}: holds an unfinished run and train.resume is never; remove the folder or use auto")
-    started_with = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").exists() else ""
-    if _what_is_trained(started_with) != _what_is_trained(resolved_yaml(recipe)):
+    if not (folder / "recipe.yaml").exists():
+        raise RecipeError(f"{folder}: holds checkpoints but no recipe.yaml to compare with; choose another output")
+    differing = first_difference(load_recipe(folder / "recipe.yaml").model_dump(), recipe.model_dump())
+    if differing is not None:
+        key, theirs, ours = differing
         raise RecipeError(
-            f"{folder}: holds an unfinished run of a different recipe; choose another output or remove it"
+            f"{folder}: holds an unfinished run of a different recipe: {key} was {theirs!r} and is {ours!r} now; write "
+            f"it as it was, choose another output, or go on all the same with --set train.resume={last}"
         )
     return last
 
@@ -169,9 +182,21 @@ def _write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _what_is_trained(text: str) -> list[str]:
-    """The lines of a resolved recipe that decide what comes out of its run."""
-    return [line for line in text.splitlines() if not line.strip().startswith(("resume:", "sample_every:"))]
+def first_difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two recipes, as plain data, would train something else, and both of its values."""
+    if theirs == ours or key in DECIDES_NOTHING:
+        return None
+    inner: Iterable[Any] = ()
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        inner = theirs | ours
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        inner = range(len(ours))
+    for part in inner:
+        of = [value.get(part) if isinstance(value, dict) else value[part] for value in (theirs, ours)]
+        found = first_difference(*of, f"{key}.{part}".removeprefix("."))
+        if found is not None:
+            return found
+    return None if inner else (key, theirs, ours)
 
 
 def write_facts(folder: Path, recipe: Recipe, family: Family) -> None:

@@ -204,19 +204,17 @@ class MageTrainer(Trainer):
             OSError: it could not be written, for example on a full disk; earlier ones are untouched.
         """
         refuse_non_finite(trained_weights(model))
-        folder = Path(str(self.args.output_dir))
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.args.should_save:
             sweep(folder)
         self.accelerator.wait_for_everyone()
         self._saving_to = folder / STAGING
         try:
-            with saving(f"step {self.state.global_step}: its checkpoint", folder, folder):
+            with saving(f"step {step}: its checkpoint", folder, folder):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    publish_checkpoint(
-                        folder / STAGING / f"checkpoint-{self.state.global_step}", folder, self.schedule.keep_checkpoints
-                    )
+                    publish_checkpoint(folder / STAGING / f"checkpoint-{step}", folder, self.schedule.keep_checkpoints)
         finally:
             self._saving_to = None
         self.accelerator.wait_for_everyone()
@@ -251,6 +249,14 @@ class MageTrainer(Trainer):
             self._logged.clear()
             self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         super().log(logs, *args, **kwargs)
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a run that goes on log and save as its recipe says now, not as the checkpoint's did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has taken its state from the checkpoint by now."""
+        state.compute_steps(args, state.max_steps)
 
 
 class HoldHead(TrainerCallback):
@@ -555,7 +561,7 @@ def build_trainer(
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers()],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), OwnIntervals(), HoldHead(), PrefetchLayers()],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mage_tune.run_folder as run_folder_module
+import mage_tune.stability as stability_module
 import mage_tune.stream_loss as stream_loss_module
 import mage_tune.trainer as trainer_module
 from mage_tune.cli import describe_error
@@ -195,7 +197,7 @@ def test_torchs_error_on_a_full_disk_is_said_to_be_one(recipe, monkeypatch):
         try:
             raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
         except RuntimeError:
-            raise RuntimeError("whatever its __exit__ says")
+            raise RuntimeError("whatever its __exit__ says")  # noqa: B904 - as torch does
 
     monkeypatch.setattr(MageTrainer, "_save_optimizer_and_scheduler", full)
     monkeypatch.setattr(run_folder_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
@@ -212,7 +214,12 @@ def test_what_a_failed_save_left_is_swept_away_before_the_run_needs_space(recipe
     for half in (folder / "checkpoints" / ".saving" / "checkpoint-9", folder / ".adapter"):
         half.mkdir(parents=True)
     seen = []
-    monkeypatch.setattr(trainer_module, "load_recipe_backbone", lambda _: seen.append(list(folder.rglob(".*"))) or 1 / 0)
+
+    def load(_):
+        seen.append(list(folder.rglob(".*")))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer_module, "load_recipe_backbone", load)
     with pytest.raises(ZeroDivisionError):
         train(recipe())
     assert seen == [[]]
@@ -269,6 +276,7 @@ def test_a_second_signal_stops_at_once(recipe, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MageTrainer, "compute_loss", twice)
+    monkeypatch.setattr(stability_module, "PASSED_ON_S", 0.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born ignoring it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -277,21 +285,59 @@ def test_a_second_signal_stops_at_once(recipe, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_sigterm_to_the_command_and_its_workers(tmp_path):
-    """The whole process group gets it, as from a batch system; nothing but the message is said."""
+def test_a_signal_that_a_launcher_passes_on_is_the_same_signal(recipe, monkeypatch):
+    """The whole process group got a SIGTERM; then the launcher's own end, or torchrun, sends another."""
+
+    def twice(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    compute_loss = MageTrainer.compute_loss
+    monkeypatch.setattr(MageTrainer, "compute_loss", twice)
+    with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM after step 1 of 5; .*checkpoint-1$"):
+        train(recipe())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent ended")
+@pytest.mark.parametrize("group", [False, True])
+def test_sigterm_to_the_launcher_stops_what_it_launched(tmp_path, group):
+    """To its pid alone, of which the child would never hear, or to the whole group, so that the child hears twice."""
     out = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "mage_tune/train.py"]
+    launcher = start_long_run([*command, "recipes/debug.yaml"], out)
+    try:
+        (os.killpg if group else os.kill)(launcher.pid, signal.SIGTERM)
+        launcher.wait(timeout=60)
+        _, stderr = launcher.communicate(timeout=60)  # returns when the child, too, has closed it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert "stopping: finishing this step and saving a checkpoint" in stderr
+    assert f"the same command goes on from {last_checkpoint(out / 'checkpoints')}" in stderr
+
+
+def start_long_run(command: list[str], out: Path) -> subprocess.Popen[str]:
+    """Start a run that would take hours, in a process group of its own, and wait for its first step."""
     overrides = ["train.steps=100000", "data.workers=2", f"output={out}", "data.length=64"]
-    command = [sys.executable, "-m", "mage_tune.cli", "train", "recipes/debug.yaml"]
-    command += [part for override in overrides for part in ("--set", override)]
-    command += ["--set", "objective.sparse_distillation.budget=16"]
+    overrides += ["objective.sparse_distillation.budget=16"]
+    command = [*command, *(part for override in overrides for part in ("--set", override))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return run
+
+
+def test_sigterm_to_the_command_and_its_workers(tmp_path):
+    """The whole process group gets it, as from a batch system; nothing but the message is said."""
+    out = tmp_path / "run"
+    run = start_long_run([sys.executable, "-m", "mage_tune.cli", "train", "recipes/debug.yaml"], out)
     try:
-        deadline = time.monotonic() + 90
-        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
         os.killpg(run.pid, signal.SIGTERM)
         _, stderr = run.communicate(timeout=60)
     finally:

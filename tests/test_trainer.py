@@ -20,9 +20,9 @@ from mage_tune.data.example import Example
 from mage_tune.families import Noise
 from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
-from mage_tune.recipe import Recipe, RecipeError
+from mage_tune.recipe import Recipe, RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective, Train
-from mage_tune.run_folder import ADAPTER_FILE, last_checkpoint, save_adapter
+from mage_tune.run_folder import ADAPTER_FILE, first_difference, last_checkpoint, save_adapter
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
 from mage_tune.trainer import learning_rate_share, train
@@ -314,6 +314,7 @@ def recipe(tmp_path, base):
 
     def make(output: str = "run", **sections: dict) -> Recipe:
         parts = {
+            "eval": {},
             "model": {"path": str(base), "dtype": "float32"},
             "data": {"length": 24, "sources": [{"kind": "text", "path": str(tmp_path / "ids.npy")}]},
             "adapter": {"rank": 4, "alpha": 8.0},
@@ -489,9 +490,51 @@ def unfinished(recipe):
     return folder
 
 
-def test_an_unfinished_run_of_another_recipe_is_refused(recipe, unfinished):
-    with pytest.raises(RecipeError, match="different recipe"):
-        train(recipe(train={"steps": 2, "save_every": 1, "learning_rate": 1e-3}))
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"train": {"learning_rate": 1e-3}}, "train.learning_rate was 0.01 and is 0.001 now"),
+        ({"train": {"steps": 9, "log_every": 3}}, "train.steps was 2 and is 9 now"),
+        ({"adapter": {"targets": ["q_proj"]}}, "adapter.targets was None and is ['q_proj'] now"),
+        ({"objective": TERMS | {"diffusion": {"weight": 0.5}}}, "objective.diffusion.weight was "),
+    ],
+)
+def test_an_unfinished_run_of_another_recipe_is_refused(recipe, unfinished, sections, said):
+    changed = {"train": {"steps": 2, "save_every": 1} | sections.pop("train", {})} | sections
+    with pytest.raises(RecipeError, match="different recipe") as caught:
+        train(recipe(**changed))
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(f"--set train.resume={unfinished}/checkpoints/checkpoint-2")
+
+
+def test_data_of_an_unfinished_run_is_compared_source_by_source():
+    one = {"data": {"sources": [{"path": "a", "share": 1.0}, {"path": "b", "share": 1.0}], "workers": 0}}
+    other = {"data": {"sources": [{"path": "a", "share": 1.0}, {"path": "c", "share": 1.0}], "workers": 2}}
+    assert first_difference(one, other) == ("data.sources.1.path", "b", "c")
+    fewer = {"data": {"sources": one["data"]["sources"][:1], "workers": 0}}
+    assert first_difference(one, fewer) == ("data.sources", one["data"]["sources"], fewer["data"]["sources"])
+
+
+def test_an_unfinished_run_goes_on_with_what_changes_nothing_of_it(recipe, interrupted):
+    """And does as the new recipe says: its step 4 is saved, and logged with step 3."""
+    settings = {"steps": 4, "save_every": 2, "log_every": 1}
+    whole = train(recipe("whole", train=settings))
+    folder = interrupted(recipe("parts", train=settings), micro_step=4)
+    others = settings | {"save_every": 3, "log_every": 2, "keep_checkpoints": 5, "checkpointing": "non_reentrant"}
+    changed = {"train": others | {"trackers": ["tensorboard"]}, "data": {"workers": 1}, "eval": {"documents": 3}}
+    renamed = recipe("parts", **changed).model_copy(update={"name": "renamed"})
+    train(renamed)
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 4]
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {f"checkpoint-{step}" for step in (2, 3, 4)}
+    assert load_recipe(folder / "recipe.yaml") == renamed
+
+
+@pytest.mark.parametrize("inside", ["", "/deeper/run"])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(recipe, tmp_path, inside):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"output: .*/file is a file; name a folder"):
+        train(recipe(f"file{inside}", model={"path": "nowhere"}))
 
 
 def test_an_unfinished_run_is_refused_with_resume_never(recipe, unfinished):
