@@ -261,14 +261,22 @@ def refuse_non_finite(weights: dict[str, Tensor]) -> None:
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise NonFiniteError(f"{name}: not finite; the adapter is not saved, earlier checkpoints are kept")
+            raise NonFiniteError(
+                f"{name}: not finite; the adapter is not saved, earlier checkpoints are kept; lower train.learning_rate"
+            )
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to metrics.jsonl; lines after the checkpoint a run resumes from are dropped first."""
+    """Appends every log line to metrics.jsonl; lines after the checkpoint a run resumes from are dropped first.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        is_random: every line says that the model's weights are random.
+    """
+
+    def __init__(self, path: Path, is_random: bool = False) -> None:
         self.path = path
+        self.marks = {"weights": "random"} if is_random else {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget steps that will be done again."""
@@ -281,4 +289,4 @@ class MetricsFile(TrainerCallback):
         """One JSON object a line."""
         if state.is_world_process_zero and logs and "loss" in logs:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+                file.write(json.dumps({"step": state.global_step} | logs | self.marks) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -379,13 +380,22 @@ def test_what_is_no_number_stops_with_step_rows_and_sources(recipe, monkeypatch,
     if gradient_only:
         assert line.startswith("step 1: the gradient norm is ")
         assert [f"{row} (text " in line for row in range(5)] == [True] * 4 + [False]
-        assert last_checkpoint(folder / "checkpoints") is None
+        assert "nothing of this step was saved, there is no checkpoint yet; lower train.learning_rate, or " in line
     else:
         assert line.startswith(f"step 3: diffusion is {poison} on rows 8 (text ")
-        assert "one.npy), 9 (text" in line
-        assert "two.npy)" in line
+        assert re.search(r"one.npy, tokens \d+ to \d+\), 9 \(text", line)
+        assert "two.npy, tokens " in line
+        assert f"of this step was saved, the last checkpoint is {folder}/checkpoints/checkpoint-2; lower" in line
+        assert_first_row_is_shown(line)
         assert names(folder / "checkpoints") == {"checkpoint-2"}
     assert not (folder / ADAPTER_FILE).exists()
+
+
+def assert_first_row_is_shown(line: str) -> None:
+    """Where the message places row 8, its file has the tokens that the message shows (there is no tokenizer)."""
+    path, start = re.search(r"rows 8 \(text (\S+), tokens (\d+) to ", line).groups()
+    shown = re.search(r"\(row 8 begins '([\d ]+)'\)$", line)[1]
+    assert shown == " ".join(map(str, np.load(path)[int(start) :][:24]))
 
 
 def _nan_gradient(args: tuple, poison: float) -> Tensor:

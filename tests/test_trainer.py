@@ -1,7 +1,9 @@
 """Fine-tuning: the weighted terms, and that a run's result depends on its recipe alone."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
 from mage_tune.recipe import Recipe, RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective, Train
-from mage_tune.run_folder import ADAPTER_FILE, first_difference, last_checkpoint, save_adapter
+from mage_tune.run_folder import ADAPTER_FILE, MetricsFile, first_difference, last_checkpoint, save_adapter
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
 from mage_tune.trainer import learning_rate_share, train
@@ -356,6 +358,24 @@ def test_a_run_folder_holds_adapter_facts_and_every_term(recipe):
     assert any(tensor.any() for name, tensor in weights(folder).items() if "lora_B" in name)
 
 
+def test_a_run_says_what_it_saved_and_what_it_took(recipe, capsys):
+    """All tokens are counted, those of steps that no line is logged of too; weights of a checkpoint are not random."""
+    folder = train(recipe(train={"steps": 3, "log_every": 2, "save_every": 2, "accumulation": 2}))
+    said = capsys.readouterr().err.splitlines()
+    saved = [f"step {step}: checkpoint saved to {folder}/checkpoints/checkpoint-{step}" for step in (2, 3)]
+    assert [line for line in said if "checkpoint" in line] == saved
+    assert re.fullmatch(
+        r"3 steps in 0:\d\d · 144 tokens, \d+ tok/s on average · peak \d+\.\d GiB of host memory", said[-1]
+    )
+    assert "weights" not in metrics(folder)[0]
+
+
+def test_metrics_of_random_weights_say_so(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", is_random=True)
+    file.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=3), None, logs={"loss": 1.0})
+    assert json.loads(file.path.read_text()) == {"step": 3, "loss": 1.0, "weights": "random"}
+
+
 def test_inactive_terms_are_not_logged(recipe):
     folder = train(recipe(objective={**TERMS, "query_alignment": {}, "sparse_distillation": {}}))
     assert metrics(folder)[0].keys() & TERMS.keys() == {"diffusion", "attention_alignment"}
@@ -559,7 +579,7 @@ def test_a_length_that_is_no_whole_number_of_the_checkpoints_blocks_is_refused(
 
 def test_an_adapter_that_is_not_finite_is_never_saved(recipe, monkeypatch):
     monkeypatch.setattr(stream_loss_module, "cross_entropy_sum", lambda *args: cross_entropy_sum(*args) * float("nan"))
-    with pytest.raises(ValueError, match=r"step 1: diffusion is nan on rows 0 \(text .*ids\.npy\)"):
+    with pytest.raises(ValueError, match=r"step 1: diffusion is nan on rows 0 \(text .*ids\.npy, tokens "):
         train(recipe(train={"steps": 2}))
     folder = Path(recipe().output)
     assert not list(folder.glob("adapter*"))
