@@ -192,8 +192,8 @@ def first_difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, A
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         inner = range(len(ours))
     for part in inner:
-        of = [value.get(part) if isinstance(value, dict) else value[part] for value in (theirs, ours)]
-        found = first_difference(*of, f"{key}.{part}".removeprefix("."))
+        was, now = (value.get(part) if isinstance(value, dict) else value[part] for value in (theirs, ours))
+        found = first_difference(was, now, f"{key}.{part}".removeprefix("."))
         if found is not None:
             return found
     return None if inner else (key, theirs, ours)
