@@ -53,8 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         line, code = describe_error(error)
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{_rank()}error: {line}", file=sys.stderr)
         sys.exit(code)
+
+
+def _rank() -> str:
+    """Which of several processes speaks, on a line of its own, as the others may be in the middle of one."""
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return f"\nrank {rank} of {processes}: " if processes not in ("", "1") else ""
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
@@ -103,7 +109,10 @@ def train(
             typer.echo(str(stopped), err=True)
         raise typer.Exit(128 + stopped.signum) from None  # as a shell reports a process that a signal ended
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")
+        if loaded.model.random_weights is None:
+            typer.echo(f"adapter written to {folder}; prove it with: mage-tune eval {folder}")
+        else:
+            typer.echo(f"adapter of RANDOM WEIGHTS written to {folder}: it shows that the run works, and fits no model")
 
 
 @app.command()

@@ -65,6 +65,12 @@ class ProgressReporter(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps} · {line} · {clock(left)} left")
             self.last_line = now
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say where a run could go on from."""
+        if state.is_world_process_zero:
+            saved = f"step {state.global_step}: checkpoint saved to {args.output_dir}/checkpoint-{state.global_step}"
+            self.console.print(saved, markup=False, highlight=False, soft_wrap=True)
+
 
 def summary(logs: dict[str, Any]) -> str:
     """One line of a log record: loss, its terms, gradient norm, speed, utilisation, memory."""
@@ -73,13 +79,19 @@ def summary(logs: dict[str, Any]) -> str:
     ]
     parts = [f"loss {logs['loss']:.4f}"]
     if len(terms) > 1:
-        parts += [f"{name} {logs[name]:.4f}" for name in terms]
+        parts += [f"{name} {logs[name]:.3g}" for name in terms]
     parts += [f"grad {logs.get('grad_norm', float('nan')):.2f}", f"{logs['tokens_per_s']:.0f} tok/s"]
     if "mfu" in logs:
         parts.append(f"MFU {logs['mfu']:.0%}")
     if "peak_gib" in logs:
         parts.append(f"{logs['peak_gib']:.1f} GiB")
     return " · ".join(parts)
+
+
+def closing(steps: int, seconds: float, tokens: float, peak_gib: float, memory: str) -> str:
+    """One line of what a run took, from where it went on; `memory` says of what the peak is."""
+    speed = f"{tokens:,.0f} tokens, {tokens / seconds:,.0f} tok/s on average"
+    return f"{steps} steps in {clock(seconds)} · {speed} · peak {peak_gib:.1f} GiB of {memory}"
 
 
 def clock(seconds: float) -> str:

@@ -543,6 +543,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _fused_layers_know_the_adapter(self) -> Self:
+        if self.train.kernels == "fused" and (self.adapter.dora or self.adapter.dropout):
+            key, plain = ("dora", "false") if self.adapter.dora else ("dropout", "0")
+            raise _contradiction(
+                f"adapter.{key}", f"fused layers know plain LoRA only; write {plain}, or train.kernels: plain"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auxiliary_terms_get_gradient(self) -> Self:
         terms = ("query_alignment", "attention_alignment", "sparse_distillation")
         active = [name for name in terms if getattr(self.objective, name).weight > 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections import deque
 from statistics import median
 from types import FrameType, TracebackType
@@ -15,6 +16,9 @@ from transformers import TrainerCallback
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what batch systems send some seconds before they kill."""
+
+PASSED_ON_S = 2.0
+"""A launcher in the same process group gets a signal too, and passes it on or ends: one signal, which comes twice."""
 
 
 class NonFiniteError(ValueError):
@@ -32,11 +36,13 @@ class TrainingStopped(Exception):
 class StopOnSignal(TrainerCallback):
     """Inside `with`, the first Ctrl-C or SIGTERM lets the step finish, saves a checkpoint and ends the training.
 
-    A second one acts as it always did. Only the main thread can listen; elsewhere nothing changes.
+    A second one acts as it always did, unless it comes within `PASSED_ON_S`. Only the main thread can listen; elsewhere
+    nothing changes.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -50,8 +56,12 @@ class StopOnSignal(TrainerCallback):
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        if self.signum is not None:
+            if time.monotonic() - self._noted_at >= PASSED_ON_S:
+                self._restore()
+                signal.raise_signal(signum)
+            return
+        self.signum, self._noted_at = signum, time.monotonic()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping: finishing this step and saving a checkpoint (once more stops at once)\n")
 

@@ -10,11 +10,14 @@ two of everything and break pickles.
 import os
 import sys
 
+_launcher = os.getppid()  # before anything takes time: it may end while we start
 _here = os.path.dirname(os.path.abspath(__file__))
 if _here in sys.path:  # launched by path: offer the checkout, not the inside of the package
     sys.path[sys.path.index(_here)] = os.path.dirname(_here)
 
 from mage_tune.cli import main
+from mage_tune.launcher import stop_with_launcher
 
 if __name__ == "__main__":
+    stop_with_launcher(_launcher)
     main(["train", *sys.argv[1:]])

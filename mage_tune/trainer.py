@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import math
 import os
-import shutil
+import resource
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,30 +25,32 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mage_tune.backbone import Backbone, attach_adapter, causal_lm, load_backbone, output_head, random_backbone
 from mage_tune.blocks import TILE
 from mage_tune.data.collate import Collator, length_bucket
-from mage_tune.data.mixture import build_mixture, preview
+from mage_tune.data.mixture import Mixture, build_mixture, preview
+from mage_tune.data.preview import beginning
 from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
 from mage_tune.lm import BlockDiffusionLM
-from mage_tune.progress import ProgressReporter
+from mage_tune.progress import ProgressReporter, closing
 from mage_tune.recipe import Recipe, Train
 from mage_tune.run_folder import (
     STAGING,
     MetricsFile,
+    kept,
     last_checkpoint,
     prepare_folder,
     publish_checkpoint,
     refuse_non_finite,
     save_adapter,
+    saving,
     sweep,
     trained_weights,
     whole,
@@ -67,9 +70,6 @@ LOSS_SPIKE, GRADIENT_SPIKE = 2.0, 10.0
 RECOMPUTED: dict[str, Recompute] = {"off": "nothing", "mlp": "mlp", "non_reentrant": "layer"}
 """What fused layers make again for each value of train.checkpointing."""
 
-WRITE_FAILED = ("PytorchStreamWriter", "iostream error")
-"""Texts of the RuntimeErrors with which torch.save reports a write that failed."""
-
 
 class MageTrainer(Trainer):
     """transformers' Trainer on stream rows; see the module's docstring.
@@ -77,6 +77,7 @@ class MageTrainer(Trainer):
     Args:
         stream_loss, schedule: the recipe's objective and optimisation.
         sources: a name of each source of the data set, for messages about rows.
+        tokenizer: reads rows for such messages; None: the model has none.
         console: where warnings go.
     """
 
@@ -84,12 +85,20 @@ class MageTrainer(Trainer):
     """Seconds of an optimizer step on one device at its peak, for utilisation."""
 
     def __init__(
-        self, *, stream_loss: StreamLoss, schedule: Train, sources: Sequence[str], console: Console, **kwargs: Any
+        self,
+        *,
+        stream_loss: StreamLoss,
+        schedule: Train,
+        sources: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        console: Console,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.stream_loss = stream_loss
         self.schedule = schedule
         self.sources = sources
+        self.tokenizer = tokenizer
         self.console = console
         # Our loss is already divided by the items of the whole optimizer step.
         self.model_accepts_loss_kwargs = True
@@ -101,6 +110,7 @@ class MageTrainer(Trainer):
         self._step_loss = 0.0
         self._guards = SpikeGuard("loss", LOSS_SPIKE), SpikeGuard("gradient norm", GRADIENT_SPIKE)
         self._logged: dict[str, float] = defaultdict(float)
+        self._tokens = 0
         self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         self._trained: list[nn.Parameter] = []
 
@@ -173,6 +183,7 @@ class MageTrainer(Trainer):
         for name, weight in self.stream_loss.weights.items():
             loss = loss + weight * values[name]
         self._window["tokens"] += inputs["num_tokens"]
+        self._tokens += inputs["num_tokens"]
         self._window["micro_steps"] += 1
         # Distributed engines average gradients over processes; the sums above are already over all of them.
         return loss * self.accelerator.num_processes
@@ -190,7 +201,7 @@ class MageTrainer(Trainer):
             self._step_rows += rows
             for name, measured in zip(names, values.tolist(), strict=True):
                 if not math.isfinite(measured):
-                    raise NonFiniteError(self._about_step(f"{name} is {measured}", rows))
+                    raise self._not_finite(f"{name} is {measured}", rows)
                 self._logged[name] += measured
                 self._step_loss += self.stream_loss.weights.get(name, 0.0) * measured
 
@@ -206,7 +217,7 @@ class MageTrainer(Trainer):
             return None
         norm = whole(norm) if isinstance(norm, Tensor) else norm
         if not math.isfinite(norm):
-            raise NonFiniteError(self._about_step(f"the gradient norm is {float(norm)}", self._step_rows))
+            raise self._not_finite(f"the gradient norm is {float(norm)}", self._step_rows)
         (step_loss,) = self._over_processes([self._step_loss]).sum(0).tolist()
         for guard, value in zip(self._guards, (step_loss, float(norm)), strict=True):
             spike = guard.check(value)
@@ -220,12 +231,27 @@ class MageTrainer(Trainer):
         mine = torch.tensor([list(values)], dtype=torch.float64, device=self.args.device)
         return self.accelerator.gather(mine)
 
+    def totals(self) -> tuple[float, float]:
+        """Tokens of all processes, and the fullest one's peak of memory (GiB); every process has to call it."""
+        measured = self._over_processes([self._tokens, peak_gib()])
+        return measured[:, 0].sum().item(), measured[:, 1].max().item()
+
     def _about_step(self, what: str, rows: Sequence[int]) -> str:
         """`what`, with the step and the rows of this process that it came from."""
         chosen: Any = self.train_dataset
-        named = [f"{row} ({self.sources[chosen.source[row]]})" for row in rows]
-        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        named = [f"{row} ({self.sources[chosen.source[row]]}, {chosen.place(row)})" for row in rows[:8]]
+        shown = ", ".join(named) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         return f"step {self.state.global_step + 1}: {what} on rows {shown}"
+
+    def _not_finite(self, what: str, rows: Sequence[int]) -> NonFiniteError:
+        """The error that ends a run: where it came from, what is left, and what to do."""
+        shown, dataset = "", self.train_dataset
+        if isinstance(dataset, Mixture):
+            shown = f" (row {rows[0]} begins {beginning(dataset[rows[0]], self.tokenizer)!r})"
+        return NonFiniteError(
+            f"{self._about_step(what, rows)}; nothing of this step was saved, {kept(Path(str(self.args.output_dir)))}; "
+            f"lower train.learning_rate, or look at the rows{shown}"
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer makes checkpoint folders: aside, as long as one is being written."""
@@ -239,27 +265,17 @@ class MageTrainer(Trainer):
             OSError: it could not be written, for example on a full disk; earlier ones are untouched.
         """
         refuse_non_finite(trained_weights(model))
-        folder = Path(str(self.args.output_dir))
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.args.should_save:
             sweep(folder)
         self.accelerator.wait_for_everyone()
         self._saving_to = folder / STAGING
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(
-                    folder / STAGING / f"checkpoint-{self.state.global_step}", folder, self.schedule.keep_checkpoints
-                )
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
-                raise
-            free = shutil.disk_usage(folder).free / 2**30
-            sweep(folder)  # a full disk needs the space
-            raise OSError(
-                f"step {self.state.global_step}: its checkpoint could not be written ({error}; {free:.1f} GiB free); "
-                f"the last whole one is {last_checkpoint(folder)}"
-            ) from error
+            with saving(f"step {step}: its checkpoint", folder, folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish_checkpoint(folder / STAGING / f"checkpoint-{step}", folder, self.schedule.keep_checkpoints)
         finally:
             self._saving_to = None
         self.accelerator.wait_for_everyone()
@@ -277,7 +293,7 @@ class MageTrainer(Trainer):
         if "loss" in logs:
             steps = self._window["micro_steps"] / self.args.gradient_accumulation_steps
             seconds = time.perf_counter() - self._window["started"]
-            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+            peak = peak_gib()
             names = sorted(self._logged)
             # Terms are each process's part of a sum over all; the share is a mean; memory is the fullest device's.
             measured = self._over_processes([*(self._logged[name] for name in names), self._window["tokens"], peak])
@@ -294,6 +310,14 @@ class MageTrainer(Trainer):
             self._logged.clear()
             self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         super().log(logs, *args, **kwargs)
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a run that goes on log and save as its recipe says now, not as the checkpoint's did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has taken its state from the checkpoint by now."""
+        state.compute_steps(args, state.max_steps)
 
 
 class HoldHead(TrainerCallback):
@@ -355,6 +379,13 @@ def clear_by_list(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
             p.grad = None
 
     model.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def peak_gib() -> float:
+    """The most memory (GiB) that this process has had: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
@@ -439,6 +470,11 @@ def train(
             f"{recipe.train.steps}; the same command goes on from {last_checkpoint(folder / 'checkpoints')}",
             stop.signum,
         )
+    took = trainer.state.global_step - progress.first_step, time.perf_counter() - progress.started
+    totals = trainer.totals()
+    if trainer.is_world_process_zero():
+        memory = "GPU memory" if torch.cuda.is_available() else "host memory"
+        console.print(closing(*took, *totals, memory), highlight=False, soft_wrap=True)
     state = trained_weights(model)
     if trainer.is_world_process_zero():
         save_adapter(model, folder, state)
@@ -559,9 +595,10 @@ def micro_steps_per_process(settings: Train) -> int:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.accumulation % processes:
+        enough = -(-settings.accumulation // processes) * processes
         raise ValueError(
             f"train.accumulation: {settings.accumulation} micro-steps cannot be shared evenly by {processes} "
-            f"processes; write a multiple of {processes} (and train.rows smaller, for the same rows per step)"
+            f"processes; use --set train.accumulation={enough} (and train.rows smaller, for the same rows per step)"
         )
     return settings.accumulation // processes
 
@@ -632,8 +669,15 @@ def build_trainer(
         stream_loss=loss,
         schedule=recipe.train,
         sources=[f"{source.kind} {source.path}" for source in recipe.data.sources],
+        tokenizer=backbone.tokenizer,
         console=console,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), HoldHead(), PrefetchLayers(), SparedCollections()],
+        callbacks=[
+            MetricsFile(folder / "metrics.jsonl", recipe.model.random_weights is not None),
+            OwnIntervals(),
+            HoldHead(),
+            PrefetchLayers(),
+            SparedCollections(),
+        ],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

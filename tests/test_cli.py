@@ -166,6 +166,14 @@ def test_interrupt(call, fake) -> None:
     assert err == "interrupted\n"
 
 
+def test_one_of_several_processes_says_which_it_is(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("train", "nosuch.yaml")[2].startswith("\nrank 1 of 2: error: nosuch.yaml: no such recipe")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call("train", "nosuch.yaml")[2].startswith("error: nosuch.yaml")
+
+
 # --- verbs -------------------------------------------------------------------------------------------------------
 
 
@@ -173,10 +181,11 @@ def test_train(call, fake, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
     fake("mage_tune.trainer", train=lambda recipe, **given: seen.append(recipe) or Path("runs/x"))
-    code, out, _ = call("train", "debug", "--set", "train.steps=3", "--set", "seed=9")
+    code, out, _ = call("train", "smollm2-135m", "--set", "train.steps=3", "--set", "seed=9")
     assert code == 0
     assert out == "adapter written to runs/x; prove it with: mage-tune eval runs/x\n"
     assert (seen[0].train.steps, seen[0].seed) == (3, 9)
+    assert call("train", "debug")[1].startswith("adapter of RANDOM WEIGHTS written to runs/x: ")  # and no advice
     monkeypatch.setenv("RANK", "1")  # one of several processes of a launcher
     assert call("train", "debug")[1] == ""
 

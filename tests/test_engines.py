@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mage_tune.cli import main
 from mage_tune.engines import ENGINES, config_file
-from mage_tune.recipe import load_recipe, resolved_yaml
+from mage_tune.recipe import load_recipe
 from mage_tune.trainer import check_engine, micro_steps_per_process, take_own_gpu, train, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,18 +56,15 @@ FUSED = {
 LAUNCHES = dict.fromkeys(TRIED, "") | {name: sets for name, sets in FUSED.items() if name.split()[0] in TRIED}
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> dict[str, Path]:
-    """Launch -> the run folder of two processes with it: the documented launches, all of them in one driver."""
-    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) / "run" for name in LAUNCHES}
-    changes = [part for change in CHANGES for part in ("--set", change)]
+def launch(runs: list[tuple[str, int, Path, str]]) -> None:
+    """The documented launches, all of them in one driver: engine, processes, run folder and further changes of each."""
     launches = [
         [
-            *("--config_file", str(config_file(name.split()[0])), "--num_processes", "2"),
-            *(str(ROOT / "mage_tune" / "train.py"), "train", str(RECIPE), "--set", f"output={folder}", *changes),
-            *(part for change in LAUNCHES[name].split() for part in ("--set", change)),
+            *("--config_file", str(config_file(engine)), "--num_processes", str(processes)),
+            *(str(ROOT / "mage_tune" / "train.py"), "train", str(RECIPE)),
+            *(part for change in (f"output={folder}", *CHANGES, *changes.split()) for part in ("--set", change)),
         ]
-        for name, folder in folders.items()
+        for engine, processes, folder, changes in runs
     ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -76,9 +73,16 @@ def launched(tmp_path_factory) -> dict[str, Path]:
     done = subprocess.run(driver, **given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]  # DeepSpeed talks too
-    for engine, found in zip(LAUNCHES, ends, strict=True):
-        assert found["code"] == 0, f"{engine}: {found['out'][-3000:]}"
-        assert found["out"].count("adapter written to") == 1, engine
+    for run, found in zip(runs, ends, strict=True):
+        assert found["code"] == 0, f"{run}: {found['out'][-3000:]}"
+        assert found["out"].count("adapter of RANDOM WEIGHTS written to") == 1, run
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> dict[str, Path]:
+    """Launch -> the run folder of two processes with it."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) / "run" for name in LAUNCHES}
+    launch([(name.split()[0], 2, folder, LAUNCHES[name]) for name, folder in folders.items()])
     return folders
 
 
@@ -117,17 +121,33 @@ def test_two_processes_are_the_same_run_as_one(alone, together):
     assert len(list((together / "checkpoints" / "checkpoint-2").glob("rng_state_*.pth"))) == 2
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone, together, tmp_path):
-    """Begun on two processes, finished on one."""
-    folder = tmp_path / "run"
-    shutil.copytree(together, folder)
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    for file in folder.glob("adapter*"):
-        file.unlink()
-    recipe = load_recipe(RECIPE, [*CHANGES, f"output={folder}"])
-    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
-    train(recipe)
+RESUMED = [("ddp", 2, 1), ("ddp", 1, 2), ("fsdp2", 2, 1), ("fsdp2", 1, 2)]
+"""Engine, and the processes that a run is begun and finished with."""
+
+
+@pytest.fixture(scope="module")
+def resumed(alone, launched, tmp_path_factory) -> dict[tuple[str, int, int], Path]:
+    """One of `RESUMED` -> the run folder."""
+    one = tmp_path_factory.mktemp("one") / "run"  # FSDP2 with one process
+    launch([("fsdp2", 1, one, "")])
+    begun = {("ddp", 2): launched["ddp"], ("ddp", 1): alone, ("fsdp2", 2): launched["fsdp2"], ("fsdp2", 1): one}
+    folders = {case: tmp_path_factory.mktemp("resumed") / "run" for case in RESUMED}
+    for (engine, before, _), folder in folders.items():
+        shutil.copytree(begun[engine, before], folder)
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+        for file in folder.glob("adapter*"):
+            file.unlink()
+    launch([(engine, after, folder, "") for (engine, _, after), folder in folders.items()])
+    return folders
+
+
+@pytest.mark.parametrize(("engine", "before", "after"), RESUMED)
+def test_a_run_goes_on_with_another_number_of_processes(resumed, alone, engine, before, after):
+    folder = resumed[engine, before, after]
     assert_same_run(folder, alone)
+    written = [(folder / "checkpoints" / f"checkpoint-{step}") for step in (2, 4)]
+    assert [len(list(checkpoint.glob("rng_state*.pth"))) for checkpoint in written] == [before, after]
+    assert [(checkpoint / "optimizer.bin").exists() for checkpoint in written] == [engine == "fsdp2"] * 2
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
@@ -176,7 +196,9 @@ def test_micro_steps_are_shared_out_or_the_run_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert micro_steps_per_process(settings) == 2
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"train.accumulation: 6 micro-steps cannot be shared evenly by 4 processes; "):
+    with pytest.raises(
+        ValueError, match=r"train.accumulation: 6 .* evenly by 4 processes; use --set train.accumulation=8 "
+    ):
         micro_steps_per_process(settings)
 
 

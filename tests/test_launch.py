@@ -48,12 +48,12 @@ def test_every_form_gives_the_same_run(tmp_path: Path, capfd: pytest.CaptureFixt
         folder = tmp_path / name
         done = start([*command, str(RECIPE), *QUICK, "--set", f"output={folder}"], cwd, tmp_path / "home")
         assert done.returncode == 0, f"{name}:\n{done.stderr[-3000:]}"
-        assert f"adapter written to {folder}" in done.stdout
+        assert f"adapter of RANDOM WEIGHTS written to {folder}" in done.stdout
     # The command needs no launcher, so not a process of its own either.
     with pytest.raises(SystemExit) as ended:
         main(["train", str(RECIPE), *QUICK, "--set", f"output={tmp_path / 'command'}"])
     assert not ended.value.code
-    assert f"adapter written to {tmp_path / 'command'}" in capfd.readouterr().out
+    assert f"adapter of RANDOM WEIGHTS written to {tmp_path / 'command'}" in capfd.readouterr().out
 
     one = tmp_path / "path"
     assert len(metrics(one)) == 2

@@ -131,7 +131,17 @@ def unit(dotted: str) -> str:
     return parts[1] if parts[0] == "mage_tune" and len(parts) > 1 else parts[0]
 
 
-LEAVES = {"families", "selection", "objectives", "progress", "environment", "stability", "engines", "tracking"}
+LEAVES = {
+    "families",
+    "launcher",
+    "selection",
+    "objectives",
+    "progress",
+    "environment",
+    "stability",
+    "engines",
+    "tracking",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "mage_kernels": set(),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import mage_tune.run_folder as run_folder_module
+import mage_tune.stability as stability_module
 import mage_tune.stream_loss as stream_loss_module
 import mage_tune.trainer as trainer_module
 from mage_tune.cli import describe_error
@@ -142,7 +147,7 @@ def test_a_half_written_line_of_metrics_is_dropped(recipe):
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7, 0.9])
 def test_a_write_that_fails_keeps_the_last_checkpoint(recipe, uninterrupted, monkeypatch, share):
     """The system itself refuses, first the adapter and then the optimizer: in step 3 files may only grow to a limit."""
     save = trainer_module.Trainer._save_checkpoint
@@ -166,6 +171,59 @@ def test_a_write_that_fails_keeps_the_last_checkpoint(recipe, uninterrupted, mon
     assert names(folder / "checkpoints") == {"checkpoint-2"}
     train(recipe("small"))
     assert (folder / ADAPTER_FILE).read_bytes() == uninterrupted()
+
+
+def test_an_adapter_that_cannot_be_written_leaves_nothing_of_itself(recipe, uninterrupted, monkeypatch):
+    save = run_folder_module.save_adapter
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_small_disk(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_adapter", save_on_a_small_disk)
+        with pytest.raises(OSError, match=r"the adapter could not be written \(.*\); .*checkpoint-5") as caught:
+            train(recipe())
+    assert describe_error(caught.value)[1] == 2
+    assert not list(Path(recipe().output).glob("*adapter*"))
+    assert (train(recipe()) / ADAPTER_FILE).read_bytes() == uninterrupted()
+
+
+def test_torchs_error_on_a_full_disk_is_said_to_be_one(recipe, monkeypatch):
+    def full(self, path):
+        try:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        except RuntimeError:
+            raise RuntimeError("whatever its __exit__ says")  # noqa: B904 - as torch does
+
+    monkeypatch.setattr(MageTrainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(run_folder_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="step 1: its checkpoint could not be written") as caught:
+        train(recipe())
+    line, code = describe_error(caught.value)
+    assert (line[:23], code) == ("the disk is full (step ", 2)
+    assert "No space left on device; 0.0 GiB free); there is no checkpoint yet); free some space" in line
+    assert not names(Path(recipe().output) / "checkpoints")
+
+
+def test_what_a_failed_save_left_is_swept_away_before_the_run_needs_space(recipe, monkeypatch):
+    folder = Path(recipe().output)
+    for half in (folder / "checkpoints" / ".saving" / "checkpoint-9", folder / ".adapter"):
+        half.mkdir(parents=True)
+    seen = []
+
+    def load(_):
+        seen.append(list(folder.rglob(".*")))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer_module, "load_recipe_backbone", load)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe())
+    assert seen == [[]]
 
 
 def test_a_full_disk_is_said_in_one_line(recipe, monkeypatch):
@@ -219,6 +277,7 @@ def test_a_second_signal_stops_at_once(recipe, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MageTrainer, "compute_loss", twice)
+    monkeypatch.setattr(stability_module, "PASSED_ON_S", 0.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born ignoring it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -227,21 +286,59 @@ def test_a_second_signal_stops_at_once(recipe, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_sigterm_to_the_command_and_its_workers(tmp_path):
-    """The whole process group gets it, as from a batch system; nothing but the message is said."""
+def test_a_signal_that_a_launcher_passes_on_is_the_same_signal(recipe, monkeypatch):
+    """The whole process group got a SIGTERM; then the launcher's own end, or torchrun, sends another."""
+
+    def twice(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    compute_loss = MageTrainer.compute_loss
+    monkeypatch.setattr(MageTrainer, "compute_loss", twice)
+    with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM after step 1 of 5; .*checkpoint-1$"):
+        train(recipe())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent ended")
+@pytest.mark.parametrize("group", [False, True])
+def test_sigterm_to_the_launcher_stops_what_it_launched(tmp_path, group):
+    """To its pid alone, of which the child would never hear, or to the whole group, so that the child hears twice."""
     out = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "mage_tune/train.py"]
+    launcher = start_long_run([*command, "recipes/debug.yaml"], out)
+    try:
+        (os.killpg if group else os.kill)(launcher.pid, signal.SIGTERM)
+        launcher.wait(timeout=60)
+        _, stderr = launcher.communicate(timeout=60)  # returns when the child, too, has closed it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert "stopping: finishing this step and saving a checkpoint" in stderr
+    assert f"the same command goes on from {last_checkpoint(out / 'checkpoints')}" in stderr
+
+
+def start_long_run(command: list[str], out: Path) -> subprocess.Popen[str]:
+    """Start a run that would take hours, in a process group of its own, and wait for its first step."""
     overrides = ["train.steps=100000", "data.workers=2", f"output={out}", "data.length=64"]
-    command = [sys.executable, "-m", "mage_tune.cli", "train", "recipes/debug.yaml"]
-    command += [part for override in overrides for part in ("--set", override)]
-    command += ["--set", "objective.sparse_distillation.budget=16"]
+    overrides += ["objective.sparse_distillation.budget=16"]
+    command = [*command, *(part for override in overrides for part in ("--set", override))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return run
+
+
+def test_sigterm_to_the_command_and_its_workers(tmp_path):
+    """The whole process group gets it, as from a batch system; nothing but the message is said."""
+    out = tmp_path / "run"
+    run = start_long_run([sys.executable, "-m", "mage_tune.cli", "train", "recipes/debug.yaml"], out)
     try:
-        deadline = time.monotonic() + 90
-        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
         os.killpg(run.pid, signal.SIGTERM)
         _, stderr = run.communicate(timeout=60)
     finally:
@@ -283,13 +380,22 @@ def test_what_is_no_number_stops_with_step_rows_and_sources(recipe, monkeypatch,
     if gradient_only:
         assert line.startswith("step 1: the gradient norm is ")
         assert [f"{row} (text " in line for row in range(5)] == [True] * 4 + [False]
-        assert last_checkpoint(folder / "checkpoints") is None
+        assert "nothing of this step was saved, there is no checkpoint yet; lower train.learning_rate, or " in line
     else:
         assert line.startswith(f"step 3: diffusion is {poison} on rows 8 (text ")
-        assert "one.npy), 9 (text" in line
-        assert "two.npy)" in line
+        assert re.search(r"one.npy, tokens \d+ to \d+\), 9 \(text", line)
+        assert "two.npy, tokens " in line
+        assert f"of this step was saved, the last checkpoint is {folder}/checkpoints/checkpoint-2; lower" in line
+        assert_first_row_is_shown(line)
         assert names(folder / "checkpoints") == {"checkpoint-2"}
     assert not (folder / ADAPTER_FILE).exists()
+
+
+def assert_first_row_is_shown(line: str) -> None:
+    """Where the message places row 8, its file has the tokens that the message shows (there is no tokenizer)."""
+    path, start = re.search(r"rows 8 \(text (\S+), tokens (\d+) to ", line).groups()
+    shown = re.search(r"\(row 8 begins '([\d ]+)'\)$", line)[1]
+    assert shown == " ".join(map(str, np.load(path)[int(start) :][:24]))
 
 
 def _nan_gradient(args: tuple, poison: float) -> Tensor:

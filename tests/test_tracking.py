@@ -189,3 +189,8 @@ def test_utilisation_is_the_ideal_time_over_the_step(run, monkeypatch):
     assert ideal_step_s(recipe) == pytest.approx(on_h100 * 989 / 312)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some other card")
     assert ideal_step_s(recipe) is None
+
+
+def test_small_terms_are_not_shown_as_zero():
+    line = summary({"loss": 1.0, "diffusion": 0.999, "attention_alignment": 1.234e-5, "tokens_per_s": 5.0})
+    assert "diffusion 0.999 · attention_alignment 1.23e-05" in line

@@ -1,7 +1,9 @@
 """Fine-tuning: the weighted terms, and that a run's result depends on its recipe alone."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +22,9 @@ from mage_tune.data.example import Example
 from mage_tune.families import Noise
 from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
-from mage_tune.recipe import Recipe, RecipeError
+from mage_tune.recipe import Recipe, RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective, Train
-from mage_tune.run_folder import ADAPTER_FILE, last_checkpoint, save_adapter
+from mage_tune.run_folder import ADAPTER_FILE, MetricsFile, first_difference, last_checkpoint, save_adapter
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
 from mage_tune.trainer import SparedCollections, clear_by_list, learning_rate_share, train
@@ -314,6 +316,7 @@ def recipe(tmp_path, base):
 
     def make(output: str = "run", **sections: dict) -> Recipe:
         parts = {
+            "eval": {},
             "model": {"path": str(base), "dtype": "float32"},
             "data": {"length": 24, "sources": [{"kind": "text", "path": str(tmp_path / "ids.npy")}]},
             "adapter": {"rank": 4, "alpha": 8.0},
@@ -353,6 +356,24 @@ def test_a_run_folder_holds_adapter_facts_and_every_term(recipe):
         assert line["loss"] == pytest.approx(sum(TERMS[name]["weight"] * line[name] for name in TERMS), rel=1e-5)
         assert 0 < line["sparse_share"] < 1
     assert any(tensor.any() for name, tensor in weights(folder).items() if "lora_B" in name)
+
+
+def test_a_run_says_what_it_saved_and_what_it_took(recipe, capsys):
+    """All tokens are counted, those of steps that no line is logged of too; weights of a checkpoint are not random."""
+    folder = train(recipe(train={"steps": 3, "log_every": 2, "save_every": 2, "accumulation": 2}))
+    said = capsys.readouterr().err.splitlines()
+    saved = [f"step {step}: checkpoint saved to {folder}/checkpoints/checkpoint-{step}" for step in (2, 3)]
+    assert [line for line in said if "checkpoint" in line] == saved
+    assert re.fullmatch(
+        r"3 steps in 0:\d\d · 144 tokens, \d+ tok/s on average · peak \d+\.\d GiB of host memory", said[-1]
+    )
+    assert "weights" not in metrics(folder)[0]
+
+
+def test_metrics_of_random_weights_say_so(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", is_random=True)
+    file.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=3), None, logs={"loss": 1.0})
+    assert json.loads(file.path.read_text()) == {"step": 3, "loss": 1.0, "weights": "random"}
 
 
 def test_inactive_terms_are_not_logged(recipe):
@@ -489,9 +510,51 @@ def unfinished(recipe):
     return folder
 
 
-def test_an_unfinished_run_of_another_recipe_is_refused(recipe, unfinished):
-    with pytest.raises(RecipeError, match="different recipe"):
-        train(recipe(train={"steps": 2, "save_every": 1, "learning_rate": 1e-3}))
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"train": {"learning_rate": 1e-3}}, "train.learning_rate was 0.01 and is 0.001 now"),
+        ({"train": {"steps": 9, "log_every": 3}}, "train.steps was 2 and is 9 now"),
+        ({"adapter": {"targets": ["q_proj"]}}, "adapter.targets was None and is ['q_proj'] now"),
+        ({"objective": TERMS | {"diffusion": {"weight": 0.5}}}, "objective.diffusion.weight was "),
+    ],
+)
+def test_an_unfinished_run_of_another_recipe_is_refused(recipe, unfinished, sections, said):
+    changed = {"train": {"steps": 2, "save_every": 1} | sections.pop("train", {})} | sections
+    with pytest.raises(RecipeError, match="different recipe") as caught:
+        train(recipe(**changed))
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(f"--set train.resume={unfinished}/checkpoints/checkpoint-2")
+
+
+def test_data_of_an_unfinished_run_is_compared_source_by_source():
+    one = {"data": {"sources": [{"path": "a", "share": 1.0}, {"path": "b", "share": 1.0}], "workers": 0}}
+    other = {"data": {"sources": [{"path": "a", "share": 1.0}, {"path": "c", "share": 1.0}], "workers": 2}}
+    assert first_difference(one, other) == ("data.sources.1.path", "b", "c")
+    fewer = {"data": {"sources": one["data"]["sources"][:1], "workers": 0}}
+    assert first_difference(one, fewer) == ("data.sources", one["data"]["sources"], fewer["data"]["sources"])
+
+
+def test_an_unfinished_run_goes_on_with_what_changes_nothing_of_it(recipe, interrupted):
+    """And does as the new recipe says: its step 4 is saved, and logged with step 3."""
+    settings = {"steps": 4, "save_every": 2, "log_every": 1}
+    whole = train(recipe("whole", train=settings))
+    folder = interrupted(recipe("parts", train=settings), micro_step=4)
+    others = settings | {"save_every": 3, "log_every": 2, "keep_checkpoints": 5, "checkpointing": "non_reentrant"}
+    changed = {"train": others | {"trackers": ["tensorboard"]}, "data": {"workers": 1}, "eval": {"documents": 3}}
+    renamed = recipe("parts", **changed).model_copy(update={"name": "renamed"})
+    train(renamed)
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 4]
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {f"checkpoint-{step}" for step in (2, 3, 4)}
+    assert load_recipe(folder / "recipe.yaml") == renamed
+
+
+@pytest.mark.parametrize("inside", ["", "/deeper/run"])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(recipe, tmp_path, inside):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"output: .*/file is a file; name a folder"):
+        train(recipe(f"file{inside}", model={"path": "nowhere"}))
 
 
 def test_an_unfinished_run_is_refused_with_resume_never(recipe, unfinished):
@@ -516,7 +579,7 @@ def test_a_length_that_is_no_whole_number_of_the_checkpoints_blocks_is_refused(
 
 def test_an_adapter_that_is_not_finite_is_never_saved(recipe, monkeypatch):
     monkeypatch.setattr(stream_loss_module, "cross_entropy_sum", lambda *args: cross_entropy_sum(*args) * float("nan"))
-    with pytest.raises(ValueError, match=r"step 1: diffusion is nan on rows 0 \(text .*ids\.npy\)"):
+    with pytest.raises(ValueError, match=r"step 1: diffusion is nan on rows 0 \(text .*ids\.npy, tokens "):
         train(recipe(train={"steps": 2}))
     folder = Path(recipe().output)
     assert not list(folder.glob("adapter*"))

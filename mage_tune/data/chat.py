@@ -67,7 +67,8 @@ class ChatRows:
         split: str = "train",
         overlong: Overlong = "drop",
     ) -> None:
-        rows = list(chat_rows(read_records(path, split), path, tokenizer, family, length, overlong))
+        placed = list(chat_rows(read_records(path, split), path, tokenizer, family, length, overlong))
+        self.places, rows = [place for place, _ in placed], [row for _, row in placed]
         # Flat arrays: a million small ones would cost more than the ids in them.
         self.ids = np.concatenate([ids.astype(np.uint32) for ids, _ in rows])
         self.is_supervised = np.concatenate([weight > 0 for _, weight in rows])
@@ -81,6 +82,10 @@ class ChatRows:
             raise IndexError(i)
         span = slice(self.ends[i - 1] if i else 0, self.ends[i])
         return self.ids[span].astype(np.int64), self.is_supervised[span].astype(np.float32)
+
+    def place(self, i: int) -> str:
+        """The record that row i was made of, for messages."""
+        return f"record {self.places[i]}"
 
 
 class ChatStream:
@@ -100,7 +105,8 @@ class ChatStream:
 
     def __iter__(self) -> Iterator[Row]:
         records = read_records(self.path, self.split, streaming=True)
-        yield from chat_rows(records, self.path, self.tokenizer, self.family, self.length, self.overlong)
+        rows = chat_rows(records, self.path, self.tokenizer, self.family, self.length, self.overlong)
+        yield from (row for _, row in rows)
 
 
 def chat_rows(
@@ -110,8 +116,8 @@ def chat_rows(
     family: Family,
     length: int,
     overlong: Overlong,
-) -> Iterator[Row]:
-    """A row per usable conversation; says at the end what was left out.
+) -> Iterator[tuple[str, Row]]:
+    """Place and row of every usable conversation; says at the end what was left out.
 
     Raises:
         ValueError: as `ChatRows`; "nothing supervised" when the records end without a row.
@@ -135,7 +141,7 @@ def chat_rows(
             if overlong == "drop" or not weight[:length].any():
                 continue
         kept += 1
-        yield ids[:length], weight[:length]
+        yield record.place, (ids[:length], weight[:length])
     left_out = f"{num_unsupervised} without an answer, {num_overlong} longer than {length} tokens"
     if not kept:
         raise ValueError(f"{path}: zero supervised tokens; of its conversations {left_out}")

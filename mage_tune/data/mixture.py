@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mage_tune.data.example import Example
 from mage_tune.data.preview import preview, preview_text
 from mage_tune.data.retrieval import ENDLESS, RetrievalRows, filler_ids
-from mage_tune.data.text import Row, TextRows, TextStream, load_ids
+from mage_tune.data.text import Row, TextRows, TextStream, load_ids, stop_id
 from mage_tune.families import Family
 from mage_tune.recipe import ChatSource, Data, RetrievalSource, TextSource
 
@@ -48,6 +48,10 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int, /) -> Row: ...
+
+    def place(self, i: int, /) -> str:
+        """Where row i is to be found in the source, for messages."""
+        ...
 
 
 class Stream(Protocol):
@@ -80,6 +84,11 @@ class Mixture(Dataset[Example]):
             raise IndexError(n)
         return Example(n, *self.shuffled[self.source[n]][int(self.position[n])])
 
+    def place(self, n: int) -> str:
+        """Where row n is to be found in its source, for messages."""
+        shuffled = self.shuffled[self.source[n]]
+        return shuffled.rows.place(shuffled.index(int(self.position[n])))
+
 
 class StreamingMixture(IterableDataset[Example]):
     """The same schedule where some sources are streams; those are read in order, again and again.
@@ -106,6 +115,10 @@ class StreamingMixture(IterableDataset[Example]):
         for n, source in enumerate(self.source):
             yield Example(n, *next(readers[source]))
 
+    def place(self, n: int) -> str:
+        """How many rows of its source came before row n, for messages: what is streamed is not looked up."""
+        return f"row {int(self.position[n]) + 1} in the order of reading"
+
 
 class Shuffled:
     """Row j of a source that is read for ever, in a new order each time it starts again."""
@@ -115,14 +128,18 @@ class Shuffled:
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, j: int) -> Row:
+        return self.rows[self.index(j)]
+
+    def index(self, j: int) -> int:
+        """Which row of the source comes as the j-th."""
         num_rows = len(self.rows)
         if num_rows >= ENDLESS:
-            return self.rows[j]
+            return j
         epoch, at = divmod(j, num_rows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, self.number, epoch])
             self.epoch, self.order = epoch, rng.permutation(num_rows)
-        return self.rows[int(self.order[at])]
+        return int(self.order[at])
 
 
 def make_schedule(shares: Sequence[float], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +232,8 @@ def _build(
 ) -> Rows | Stream:
     if isinstance(source, TextSource) and (not source.streaming or source.path.endswith(".npy")):
         ids = texts(source.path, source.split, source.field)
-        return TextRows(ids, length, family.block_size, source.path)
+        is_text = not source.path.endswith(".npy")  # an array may be too large to count its documents
+        return TextRows(ids, length, family.block_size, source.path, stop_id(family) if is_text else None)
     if tokenizer is None:
         raise ValueError(
             f"{source.path}: this model comes without a tokenizer, so it can only be trained on "

@@ -33,6 +33,11 @@ def preview_text(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
     return "\n".join([_headline(example), *lines])
 
 
+def beginning(example: Example, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The first words of a row, for a message."""
+    return _decode(example.input_ids[: SHOWN_TOKENS // 2], tokenizer)
+
+
 def _headline(example: Example) -> str:
     supervised = int((example.loss_weight > 0).sum())
     return f"row {example.row}: {len(example.input_ids)} tokens, {supervised} supervised"

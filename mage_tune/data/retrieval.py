@@ -113,6 +113,10 @@ class RetrievalRows:
     def __len__(self) -> int:
         return ENDLESS
 
+    def place(self, i: int) -> str:
+        """Which row it is, for messages; no record holds it."""
+        return f"draw {i} of seed {self.seed}"
+
     def __getitem__(self, i: int) -> Row:
         rng = np.random.default_rng([self.seed, i])
         needles = draw_needles(rng, int(rng.integers(*self.needles, endpoint=True)))

@@ -28,11 +28,14 @@ class TextRows:
         length: tokens per row.
         block_size: tokens per block.
         path: what errors name.
+        stop: the token that ends a document, where messages about rows shall count documents.
     """
 
-    def __init__(self, ids: np.ndarray, length: int, block_size: int, path: str = "text") -> None:
+    def __init__(
+        self, ids: np.ndarray, length: int, block_size: int, path: str = "text", stop: int | None = None
+    ) -> None:
         whole, rest = divmod(len(ids), length)
-        self.ids, self.length = ids, length
+        self.ids, self.length, self.stop = ids, length, stop
         self.num_rows = whole + (rest >= min(block_size, length))
         if self.num_rows == 0:
             raise ValueError(f"{path}: {len(ids)} tokens are less than one block of {block_size}")
@@ -44,6 +47,14 @@ class TextRows:
         if not 0 <= i < self.num_rows:
             raise IndexError(i)
         return _row(self.ids[i * self.length : (i + 1) * self.length])
+
+    def place(self, i: int) -> str:
+        """Where row i lies in the text, for messages."""
+        start, end = i * self.length, min((i + 1) * self.length, len(self.ids))
+        tokens = f"tokens {start} to {end - 1}"
+        if self.stop is None:
+            return tokens
+        return f"document {1 + np.count_nonzero(self.ids[:start] == self.stop)}, {tokens}"
 
 
 class TextStream:

@@ -85,6 +85,8 @@ def test_streaming_gives_the_same_rows(write, tokenizer, family):
     rows = ChatRows(path, tokenizer, family, 12)
     streamed = list(ChatStream(path, tokenizer, family, 12))
     assert 0 < len(rows) == len(streamed) < 20
+    used = [f"record {path}:{i + 1}" for i in range(20) if len(tokenizer(f"{i}: " + "x" * i)["input_ids"]) < 12]
+    assert [rows.place(i) for i in range(len(rows))] == used[-len(rows) :]
     for i, row in enumerate(streamed):
         np.testing.assert_array_equal(row[0], rows[i][0])
         np.testing.assert_array_equal(row[1], rows[i][1])

@@ -33,6 +33,9 @@ class Numbers:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return np.array([self.tag, i]), np.ones(2, dtype=np.float32)
 
+    def place(self, i: int) -> str:
+        return f"[{self.tag}, {i}]"
+
 
 class NumberStream:
     def __init__(self, tag: int, length: int) -> None:
@@ -84,6 +87,7 @@ def test_bad_shares(shares):
 
 def test_every_epoch_covers_a_source_in_a_new_order():
     mixture = Mixture([Numbers(0, 20), Numbers(1, 7)], [2, 1], 120, seed=0)
+    assert [mixture.place(n) for n in range(120)] == [str(e.input_ids.tolist()) for e in mixture]
     assert len(mixture) == 120
     drawn: dict[int, list[int]] = {0: [], 1: []}
     for row, (n, tag, i) in enumerate(rows_of(mixture)):

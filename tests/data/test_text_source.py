@@ -43,6 +43,17 @@ def test_documents_are_joined_by_the_stop_token(write, tokenizer, family):
     assert tokenizer.decode(ids) == "".join(d + "<|im_end|>" for d in DOCUMENTS)
 
 
+def test_a_row_is_found_again_in_its_text(write, tokenizer, family):
+    path = write("a.jsonl", [{"text": d} for d in ["", *DOCUMENTS]])
+    ids = load_ids(path, tokenizer, family)
+    rows = TextRows(ids, 8, family.block_size, path, STOP_ID)
+    starts = np.cumsum([0, *(len(tokenizer(d)["input_ids"]) + 1 for d in DOCUMENTS)])
+    for i in range(len(rows)):
+        document = int(np.flatnonzero(starts <= 8 * i)[-1]) + 1
+        assert rows.place(i) == f"document {document}, tokens {8 * i} to {min(8 * i + 8, len(ids)) - 1}"
+    assert TextRows(ids, 8, family.block_size).place(1) == "tokens 8 to 15"
+
+
 def test_special_tokens_spelt_in_text_stay_text(write, tokenizer, family):
     path = write("a.txt", "a <|mask|> and <|im_end|> here")
     ids = load_ids(path, tokenizer, family)
