@@ -62,7 +62,9 @@ class ProgressReporter(TrainerCallback):
         if now - self.last_line >= PLAIN_EVERY_S or state.global_step == state.max_steps:
             done = state.global_step - self.first_step
             left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-            line = f"step {state.global_step}/{state.max_steps} · {clock(left)} left · {summary(logs)} · {details(logs)}"
+            line = (
+                f"step {state.global_step}/{state.max_steps} · {clock(left)} left · {summary(logs)} · {details(logs)}"
+            )
             self.console.print(line, soft_wrap=True)
             self.last_line = now
 

@@ -485,13 +485,13 @@ def check_engine(engaged: DistributedType, processes: int, checkpoint: str | Non
         )
 
 
-def micro_steps_per_process(settings: Train) -> int:
-    """Micro-steps of one optimizer step that each process does: a recipe trains the same on any number of them.
+def micro_steps_per_process(settings: Train, processes: int | None = None) -> int:
+    """Micro-steps of one optimizer step that each process (of this launch) does: the same run on any number of them.
 
     Raises:
         ValueError: they cannot be shared out evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if settings.accumulation % processes:
         raise ValueError(
             f"train.accumulation: {settings.accumulation} micro-steps cannot be shared evenly by {processes} "
