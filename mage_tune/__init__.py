@@ -6,6 +6,7 @@
 Importing the package loads neither torch nor triton nor trl; `load` and `BlockDiffusionLM` load torch when first used.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["BlockDiffusionLM", "__version__", "load"]
+
+# PEFT imports bitsandbytes wherever it is installed, and that then warns of an optional CPU kernel which we never use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -121,6 +121,8 @@ def plan(
     overrides: Set = None,
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, b200, a100, a100-40gb, l40s, rtx4090.")] = "h100",
     memory_gib: Annotated[float | None, typer.Option(help="Memory of the card, where it has another.", min=0.1)] = None,
+    gpus: Annotated[int, typer.Option(help="Cards that train together.", min=1)] = 1,
+    engine: Annotated[str, typer.Option(help="What divides the work on several: ddp, fsdp2, zero3.")] = "ddp",
     try_it: Annotated[
         bool, typer.Option("--probe", help="Also run the longest batch on this machine, on random weights.")
     ] = False,
@@ -133,8 +135,10 @@ def plan(
     from mage_tune import plan as planning
     from mage_tune.recipe import load_recipe
 
+    if try_it and gpus > 1:
+        raise ValueError("--probe: tries one GPU; leave --gpus out")
     loaded = load_recipe(find_recipe(recipe), overrides or ())
-    found = planning.plan(loaded, gpu, memory_gib)
+    found = planning.plan(loaded, gpu, memory_gib, engine=engine, gpus=gpus)
     probed = planning.probe(loaded) if try_it else None
     if as_json:
         typer.echo(planning.as_json(found, probed))

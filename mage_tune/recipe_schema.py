@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mage_tune.families import FAMILIES, Family
+from mage_tune.families import FAMILIES, PUBLISHED, Family
 
 Weight = Annotated[float, Field(ge=0.0)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -68,6 +68,20 @@ class RandomWeights(Section):
         return self
 
 
+def _sizes_by_name(given: Any) -> Any:
+    """The sizes of a published model in place of its name."""
+    if not isinstance(given, str):
+        return given
+    if given not in PUBLISHED:
+        raise PydanticCustomError(
+            "literal_error", "no such shape", {"expected": ", ".join(f"'{name}'" for name in PUBLISHED)}
+        )
+    return PUBLISHED[given].sizes
+
+
+_BY_NAME = BeforeValidator(_sizes_by_name, json_schema_input_type=RandomWeights | Literal[*PUBLISHED] | None)
+
+
 class Model(Section):
     """The block-diffusion model that is fine-tuned."""
 
@@ -93,7 +107,11 @@ class Model(Section):
         "none",
         description="nf4 holds the linear layers in 4 bits (QLoRA; needs bitsandbytes): less memory, more time a step.",
     )
-    random_weights: RandomWeights | None = Field(None, description="Train a random model of this shape instead.")
+    random_weights: Annotated[RandomWeights | None, _BY_NAME] = Field(
+        None,
+        description="Train a random model of this shape instead. A name stands for sizes and family of a published "
+        f"model: {', '.join(PUBLISHED)}.",
+    )
 
     @property
     def record(self) -> Family | None:
@@ -104,6 +122,13 @@ class Model(Section):
         return FAMILIES[self.family].with_overrides(
             block_size=self.block_size, mask_id=self.mask_id, stop_ids=stops, pad_id=self.pad_id
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_named_shape_has_a_family(cls, given: Any) -> Any:
+        name = given.get("random_weights") if isinstance(given, dict) else None
+        known = PUBLISHED.get(name) if isinstance(name, str) else None
+        return given if known is None or given.get("family") else given | {"family": known.family}
 
     @model_validator(mode="after")
     def _weights_come_from_one_place(self) -> Self:

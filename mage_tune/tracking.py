@@ -1,8 +1,13 @@
-"""Trackers beside metrics.jsonl: trackio, TensorBoard, Weights & Biases. One that fails warns, and training goes on."""
+"""Trackers beside metrics.jsonl: trackio, TensorBoard, Weights & Biases. One that fails warns, and training goes on.
+
+A run folder has an id, so that two runs of one recipe are two runs there, and one that goes on is the same run.
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +16,25 @@ from transformers import TrainerCallback
 
 PROJECT = "mage_tune"
 """Project that runs are filed under."""
+ID_FILE = "run_id"
+"""Holds the id, in the run folder."""
+EXTRAS = {"trackio": "track", "tensorboard": "tensorboard", "wandb": "wandb"}
+"""What to install: extras of the package."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a tracker is told when it is started."""
+
+    folder: Path
+    name: str
+    """The recipe's."""
+    id: str
+    """The name and the folder's own letters: the same when a run goes on."""
+    step: int
+    """Steps that were done before; whatever was logged after them is logged again."""
+    config: dict[str, Any]
+    """The recipe as plain data."""
 
 
 class Tracker(Protocol):
@@ -26,10 +50,10 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run folder."""
 
-    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+    def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """One scalar a name."""
@@ -41,24 +65,35 @@ class TensorBoard:
         self.writer.close()
 
 
-def _trackio(folder: Path, run: str, config: dict[str, Any]) -> Tracker:
+def _trackio(run: Run) -> Tracker:
     import trackio
 
-    return trackio.init(project=PROJECT, name=run, config=config, resume="allow")
+    return trackio.init(project=PROJECT, name=run.id, config=run.config, resume="allow")
 
 
-def _wandb(folder: Path, run: str, config: dict[str, Any]) -> Tracker:
+def _wandb(run: Run) -> Tracker:
     import wandb
 
-    return wandb.init(project=PROJECT, name=run, config=config, dir=str(folder))
+    options: dict[str, Any] = {"id": run.id, "name": run.name, "resume": "allow"}
+    return wandb.init(project=PROJECT, config=run.config, dir=str(run.folder), **options)
 
 
-STARTERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
+STARTERS: dict[str, Callable[[Run], Tracker]] = {
     "trackio": _trackio,
     "tensorboard": TensorBoard,
     "wandb": _wandb,
 }
-"""Name in the recipe -> a started tracker, from run folder, run name and recipe."""
+"""Name in the recipe -> a started tracker."""
+
+
+def run_id(folder: Path, step: int) -> str:
+    """The letters that tell this run folder from others; new ones for a run that begins."""
+    file = folder / ID_FILE
+    known = file.read_text().strip() if step and file.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        file.write_text(known + "\n")
+    return known
 
 
 class Tracking(TrainerCallback):
@@ -66,19 +101,25 @@ class Tracking(TrainerCallback):
 
     Args:
         names: keys of `STARTERS`.
-        folder, run, config: run folder, its name, and the recipe as plain data.
+        folder, name, config: run folder, the recipe's name, and the recipe as plain data.
         console: where a failure is told.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, run: str, config: dict[str, Any], console: Console) -> None:
-        self.names, self.folder, self.run, self.config, self.console = names, folder, run, config, console
+    def __init__(self, names: Sequence[str], folder: Path, name: str, config: dict[str, Any], console: Console) -> None:
+        self.names, self.folder, self.name, self.config, self.console = names, folder, name, config, console
         self.trackers: dict[str, Tracker] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start them."""
-        for name in self.names if state.is_world_process_zero else ():
+        if not self.names or not state.is_world_process_zero:
+            return
+        done = state.global_step
+        run = Run(self.folder, self.name, f"{self.name}-{run_id(self.folder, done)}", done, self.config)
+        for name in self.names:
             try:
-                self.trackers[name] = STARTERS[name](self.folder, self.run, self.config)
+                self.trackers[name] = STARTERS[name](run)
+            except ModuleNotFoundError as error:
+                self._told(name, "is not there", f"{error}; pip install 'mage_tune[{EXTRAS[name]}]'")
             except Exception as error:
                 self._told(name, "does not start", error)
 
@@ -99,7 +140,7 @@ class Tracking(TrainerCallback):
                 del self.trackers[name]
                 self._told(name, failing, error)
 
-    def _told(self, name: str, what: str, error: Exception) -> None:
+    def _told(self, name: str, what: str, error: Exception | str) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         self.console.print(
             f"warning: train.trackers: {name} {what} ({text}); training goes on, metrics.jsonl has it all",

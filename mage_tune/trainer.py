@@ -113,6 +113,8 @@ class MageTrainer(Trainer):
         self._tokens = 0
         self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         self._trained: list[nn.Parameter] = []
+        self.watched: dict[str, float] = {}
+        """What `watch` measured since the last log line."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler | None:
         """The data set is the schedule: its order is fixed by the recipe's seed."""
@@ -292,7 +294,7 @@ class MageTrainer(Trainer):
         """Add every term, throughput and memory, over all processes, to the Trainer's own log line."""
         if "loss" in logs:
             steps = self._window["micro_steps"] / self.args.gradient_accumulation_steps
-            seconds = time.perf_counter() - self._window["started"]
+            seconds = time.perf_counter() - self._window["started"] - self.watched.get("sample_s", 0.0)
             peak = peak_gib()
             names = sorted(self._logged)
             # Terms are each process's part of a sum over all; the share is a mean; memory is the fullest device's.
@@ -307,6 +309,8 @@ class MageTrainer(Trainer):
                 logs["mfu"] = self.ideal_step_s / logs["step_s"] / len(measured)
             if torch.cuda.is_available():
                 logs["peak_gib"] = measured[:, -1].max().item()
+            logs |= self.watched
+            self.watched.clear()
             self._logged.clear()
             self._window = {"tokens": 0, "micro_steps": 0, "started": time.perf_counter()}
         super().log(logs, *args, **kwargs)
@@ -416,14 +420,15 @@ def learning_rate_share(schedule: Train) -> Callable[[int], float]:
 def train(
     recipe: Recipe,
     *,
-    watch: Callable[[BlockDiffusionLM, Any, Recipe, Console], TrainerCallback] | None = None,
+    watch: Callable[[BlockDiffusionLM, Any, Recipe, Console, dict[str, float]], TrainerCallback] | None = None,
     ideal_step_s: float | None = None,
 ) -> Path:
     """Run a recipe and return the run folder, with the adapter at its top.
 
     Args:
         recipe: the recipe.
-        watch: makes what looks at the model in training (`watch.Samples`), from it, a row's tokens, recipe and console.
+        watch: makes what looks at the model in training (`watch.Samples`), from it, a row's tokens, recipe, console and
+            `MageTrainer.watched`.
         ideal_step_s: see `MageTrainer`.
 
     Raises:
@@ -462,7 +467,7 @@ def train(
         trainer.add_callback(Tracking(settings.trackers, folder, recipe.name, recipe.model_dump(mode="json"), console))
         if settings.sample_every and watch is not None:
             lm = BlockDiffusionLM(model, backbone.tokenizer, backbone.family)
-            trainer.add_callback(watch(lm, next(iter(dataset)).input_ids, recipe, console))
+            trainer.add_callback(watch(lm, next(iter(dataset)).input_ids, recipe, console, trainer.watched))
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signum is not None and trainer.state.global_step < recipe.train.steps:
         raise TrainingStopped(
@@ -587,13 +592,13 @@ def check_engine(engaged: DistributedType, processes: int, checkpoint: str | Non
         )
 
 
-def micro_steps_per_process(settings: Train) -> int:
-    """Micro-steps of one optimizer step that each process does: a recipe trains the same on any number of them.
+def micro_steps_per_process(settings: Train, processes: int | None = None) -> int:
+    """Micro-steps of one optimizer step that each process (of this launch) does: the same run on any number of them.
 
     Raises:
         ValueError: they cannot be shared out evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if settings.accumulation % processes:
         enough = -(-settings.accumulation // processes) * processes
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,24 @@ class Samples(TrainerCallback):
         row: (n,) token ids of a row.
         recipe: budget and dense layers are its eval section's.
         console: where it is printed.
+        measured: takes "recall" and the seconds that samples took, "sample_s", for the next log line.
     """
 
-    def __init__(self, lm: BlockDiffusionLM, row: np.ndarray, recipe: Recipe, console: Console) -> None:
+    def __init__(
+        self, lm: BlockDiffusionLM, row: np.ndarray, recipe: Recipe, console: Console, measured: dict[str, float]
+    ) -> None:
         size = lm.family.block_size
-        self.lm, self.recipe, self.console = lm, recipe, console
+        self.lm, self.recipe, self.console, self.measured = lm, recipe, console, measured
         self.row = np.asarray(row[: len(row) // (2 * size) * 2 * size], dtype=np.int64)
         self.every = recipe.train.sample_every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so where the row is too short to be continued."""
+        if self.every and not len(self.row):
+            self.every = 0
+            if state.is_world_process_zero:
+                what = f"none, as row 0 is shorter than two blocks of {self.lm.family.block_size} tokens"
+                self.console.print(f"warning: train.sample_every: {what}", style="yellow", soft_wrap=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On every process, as an engine may need all of them for a forward pass; one prints.
@@ -49,6 +61,7 @@ class Samples(TrainerCallback):
         """
         if not self.every or state.global_step % self.every:
             return
+        began = time.perf_counter()
         try:
             text = self.sample()
         except Exception as error:  # a run is worth more than its samples
@@ -61,6 +74,7 @@ class Samples(TrainerCallback):
                 ) from error
             self.every = 0
             text = f"warning: train.sample_every: no more samples {what}; training goes on"
+        self.measured["sample_s"] = self.measured.get("sample_s", 0.0) + time.perf_counter() - began
         if state.is_world_process_zero:
             self.console.print(f"step {state.global_step}: {text}", markup=False, style="cyan", soft_wrap=True)
 
@@ -82,7 +96,7 @@ class Samples(TrainerCallback):
                 out = self.lm.generate(self.row[:half].tolist(), max_new_tokens=BLOCKS * size, **settled)
         finally:
             self.lm.model.train(was_training)
-        recall = float(np.mean([block.recall[0] for block in found]))
+        recall = self.measured["recall"] = float(np.mean([block.recall[0] for block in found]))
         return f"recall@{budget} {recall:.3f}; writes: {(out.text or str(out.tokens))!r}"
 
 

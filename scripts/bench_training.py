@@ -56,6 +56,7 @@ from mage_tune.backbone import hidden_states, output_head  # noqa: E402
 from mage_tune.blocks import StreamLayout  # noqa: E402
 from mage_tune.data.mixture import build_mixture  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
+from mage_tune.families import PUBLISHED  # noqa: E402
 from mage_tune.fused import padded  # noqa: E402
 from mage_tune.plan import plan  # noqa: E402
 from mage_tune.plan.estimate import Estimate  # noqa: E402
@@ -72,22 +73,10 @@ from mage_tune.trainer import (  # noqa: E402
 )
 
 PEAK_TFLOPS = 989
-SHAPES: dict[str, dict[str, Any]] = {
-    "7b": dict(
-        architecture="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28,
-        num_heads=28, num_kv_heads=4, head_dim=128, tie_embeddings=False, max_positions=131072,
-    ),
-    "1.5b": dict(
-        architecture="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28,
-        num_heads=12, num_kv_heads=2, head_dim=128, tie_embeddings=True, max_positions=131072,
-    ),
-    "smollm2-135m": dict(
-        architecture="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30,
-        num_heads=9, num_kv_heads=3, head_dim=64, tie_embeddings=True, max_positions=8192,
-    ),
-}  # fmt: skip
-"""Shapes of the models that the recipes name."""
-SHAPES["smollm2-135m-convert"] = SHAPES["smollm2-135m"]
+SHAPES = {
+    name: PUBLISHED[name.removesuffix("-convert")] for name in ("7b", "1.5b", "smollm2-135m", "smollm2-135m-convert")
+}
+"""Recipe -> the model whose exact shape it runs on."""
 TINY: dict[str, Any] = dict(
     architecture="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=8, tie_embeddings=True, max_positions=131072,
@@ -167,9 +156,9 @@ def case_recipe(case: Case, length: int | None, tiny: bool, data: Path) -> Recip
     tokens = length or case.changes.get("data.length")
     file = ROOT / "recipes" / f"{case.recipe}.yaml"
     shipped = load_recipe(file)
-    family = {"7b": "fast_dllm_v2", "1.5b": "fast_dllm_v2"}.get(case.recipe, "converted")
+    model = SHAPES[case.recipe]
     changes = {
-        "model": {"family": family, "random_weights": TINY if tiny else SHAPES[case.recipe]},
+        "model": {"family": model.family, "random_weights": TINY if tiny else model.sizes},
         "data.sources": [{"kind": "text", "path": str(data)}],
         "data.workers": 0 if tiny else shipped.data.workers,
         "train.steps": case.warmup + case.steps,

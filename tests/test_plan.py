@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from typer.testing import CliRunner
 
 import mage_tune.plan.trial as trial_module
@@ -18,12 +20,21 @@ from mage_tune.families import get_family
 from mage_tune.fused import fuse
 from mage_tune.plan import USABLE, plan, probe
 from mage_tune.plan.estimate import CARDS, CHUNK, Estimate
-from mage_tune.plan.shape import Shape
+from mage_tune.plan.shape import Shape, read_model
 from mage_tune.recipe import Recipe, load_recipe
 from mage_tune.trainer import leave_casts_to_autocast
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOLLM2 = Shape(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)
+
+
+def published_shape(name: str) -> Shape:
+    """Sizes of a model that comes with the package."""
+    random = {"random_weights": name}
+    shape, _ = read_model(load_recipe(ROOT / "recipes" / "debug.yaml", [f"model={json.dumps(random)}"]))
+    return shape
+
+
+SMOLLM2 = published_shape("smollm2-135m")
 LAYER = {"hidden_size": 64, "intermediate_size": 160, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24}
 
 
@@ -75,11 +86,9 @@ def test_parameters_are_those_of_the_real_model_and_adapter(architecture, tied, 
 
 
 def test_published_sizes():
-    published = {"7B": (3584, 18944, 28, 28, 4, 152064, False), "1.5B": (1536, 8960, 28, 12, 2, 151936, True)}
-    for name, (hidden, inner, layers, heads, kv_heads, vocab, tied) in published.items():
-        shape = Shape(vocab, hidden, inner, layers, heads, kv_heads, 128, tied, qkv_bias=True)
-        assert shape.parameters == {"7B": 7615616512, "1.5B": 1543714304}[name]
-    assert SMOLLM2.parameters == 134515008
+    published = {"7b": 7615616512, "1.5b": 1543714304, "sdar-8b": 8190735360, "smollm2-135m": 134515008}
+    for name, parameters in published.items():
+        assert published_shape(name).parameters == parameters
 
 
 def test_model_flop_are_two_per_multiply_add_forward_and_input_gradient():
@@ -241,12 +250,6 @@ def test_step_times_measured_on_an_h100(name, sections, measured):
 
 RESULTS = json.loads((ROOT / "results" / "training_h100.json").read_text())
 MEASURED = RESULTS["rows"]
-SIZES = {
-    "smollm2-135m-convert": SMOLLM2,
-    "smollm2-135m": SMOLLM2,
-    "1.5b": Shape(151936, 1536, 8960, 28, 12, 2, 128, tie_embeddings=True, qkv_bias=True),
-    "7b": Shape(152064, 3584, 18944, 28, 28, 4, 128, tie_embeddings=False, qkv_bias=True),
-}
 
 
 @pytest.mark.parametrize(
@@ -264,13 +267,31 @@ def test_the_training_benchmark_of_an_h100(row):
     student["kl_weight"] = row.get("kl_weight", 0.0)  # rows of 2bfb2d6 do not say: the recipes had none
     student["share"] = 1.0 if row["stream_names"].startswith("sparse +") else student["share"]
     family = get_family("converted" if row["model"].startswith("smollm2") else "fast_dllm_v2")
-    estimate = Estimate(Recipe.model_validate(recipe), SIZES[row["model"]], family)
+    estimate = Estimate(Recipe.model_validate(recipe), published_shape(row["model"].removesuffix("-convert")), family)
     assert estimate.stream_names == row["stream_names"]
     is_older = row["commit"] == "2bfb2d6"  # loss and fused layers took more memory and time
     found = peak_of_wide_logits(estimate) if is_older else peak(estimate)
     assert found == pytest.approx(row["peak_gib"], rel=0.10)
     if not (is_older and row["kernels"] == "fused") and "disturbed" not in row:
         assert sum(item.amount for item in estimate.time(CARDS["h100"])) == pytest.approx(row["step_s"], rel=0.15)
+
+
+ENGINE_ROWS = json.loads((ROOT / "results" / "engines_h100.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", ENGINE_ROWS, ids=lambda row: row["case"])
+def test_the_engines_benchmark_on_several_h100s(row):
+    """Each row of results/engines_h100.json: memory within 10 %, and time where it is predicted."""
+    names = ("rows", "accumulation", "kernels", "checkpointing")
+    recipe = load_recipe(ROOT / "recipes" / "7b.yaml", [f"train.{name}={row[name]}" for name in names])
+    engine = row["engine"] if row["gpus"] > 1 else "ddp"
+    found = plan(recipe, engine=engine, gpus=row["gpus"])
+    assert found.peak_gib == pytest.approx(row["peak_gib"], rel=0.10)
+    assert found.tokens_per_step == row["tokens_per_step"]
+    if engine == "zero3":
+        assert found.is_step_a_bound and found.step_s < row["step_s"]
+    else:
+        assert not found.is_step_a_bound and found.step_s == pytest.approx(row["step_s"], rel=0.10)
 
 
 def test_a_teacher_costs_time_and_no_memory_to_speak_of():
@@ -326,9 +347,13 @@ def test_a_run_that_does_not_fit_says_what_would_help():
     tight = plan(recipe, memory_gib=plan(recipe).peak_gib / USABLE / 1.2)
     assert not tight.fits
     assert tight.advice.startswith("with train.checkpointing=non_reentrant it needs ")
+    assert tight.advice.endswith(", and fits")
     lean = make_recipe(train={"rows": 64, "checkpointing": "non_reentrant"}, data={"length": 8192})
     assert f"{plan(lean).peak_gib:.1f} GiB" in tight.advice
     assert plan(lean, memory_gib=1.0).advice.startswith("lower train.rows")
+    large = load_recipe(ROOT / "recipes" / "7b.yaml")
+    with_less = "with train.checkpointing=non_reentrant and model.quantise=nf4 it needs"
+    assert plan(large, memory_gib=16.0).advice.startswith(with_less)
 
 
 @pytest.fixture
@@ -355,13 +380,13 @@ def test_a_config_alone_is_enough(config_only):
     assert found["peak_gib"] == pytest.approx(sum(item["amount"] for item in found["memory"]))
     assert found["hours"] == pytest.approx(200 * sum(item["amount"] for item in found["time"]) / 3600)
     table = CliRunner().invoke(app, [*options, "--gpu", "rtx4090"], catch_exceptions=False).stdout
-    assert "does not fit" in table
+    words = " ".join(table.split())
+    assert "does not fit: it needs 60.7 GiB, and 21.9 of the card's 23.5 can be used; with train.check" in words
     assert "activations" in table and "checkpoints" not in table  # its layers are fused and nothing is recomputed
     assert "with train.checkpointing=non_reentrant it needs" in " ".join(table.split())
     assert "flex mask" in table
-    words = " ".join(table.split())
-    assert f"({found_with(options, 'rtx4090')['longest_recomputed']:,} with train.checkpointing=non_reentrant)" in words
-    assert "the whole run: 6,553,600 tokens of data in " in words
+    assert f"; {found_with(options, 'rtx4090')['longest_recomputed']:,} with train.checkpointing=non_reentrant" in words
+    assert "the whole run: 200 steps, 6,553,600 tokens of data, 2.1 hours" in words
 
 
 def found_with(options: list[str], gpu: str) -> dict:
@@ -388,6 +413,49 @@ def test_a_config_out_of_reach_is_said_with_a_way_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"^nobody/nothing: its config.json cannot be read \(.*\); without network"):
         plan(make_recipe(model={"path": "nobody/nothing", "random_weights": None}))
+
+
+@pytest.mark.parametrize(("name", "family"), [("7b", "fast_dllm_v2"), ("1.5b", "fast_dllm_v2"), ("sdar-8b", "sdar")])
+def test_shipped_recipes_are_planned_without_asking_the_hub(name, family, monkeypatch, tmp_path):
+    """Half a minute of retries, where there is no network."""
+    ask = PreTrainedConfig.get_config_dict
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **options: pytest.fail("asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert read_model(recipe) == (published_shape(name), get_family(family))
+    words = " ".join(CliRunner().invoke(app, ["plan", name], catch_exceptions=False).stdout.split())
+    assert f"sizes of {recipe.model.path} as shipped with mage_tune: its config.json is not here" in words
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", ask)
+    elsewhere = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": "other"})})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"config.json cannot be read"):
+        read_model(elsewhere)
+
+
+def test_a_plan_of_several_gpus_says_what_it_is_worth():
+    def told(*options: str) -> str:
+        done = CliRunner().invoke(app, ["plan", "7b", *options], catch_exceptions=False)
+        return " ".join(done.stdout.split())
+
+    assert "how close" not in told()
+    assert "7b on 4 x h100 with fsdp2, predicted" in told("--gpus", "4", "--engine", "fsdp2")
+    plain = ["--set", "train.kernels=plain", "--set", "train.checkpointing=non_reentrant"]
+    words = told("--gpus", "2", "--engine", "zero3", *plain)
+    assert "a step: at least 7.5 s" in words and "what gathering weights takes is not predicted" in words
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "told"),
+    [
+        ("zero2", [], "--engine zero2: not predicted; predicted are ddp, fsdp2, zero3; it needs about what ddp does"),
+        ("zero3", [], "--engine zero3: refuses fused layers; add --set train.kernels=plain"),
+        ("fsdp2", ["model.quantise=nf4"], "--engine fsdp2: not predicted for weights in 4 bits"),
+        ("ddp", ["train.accumulation=3"], "train.accumulation: 3 micro-steps cannot be shared evenly by 2"),
+    ],
+)
+def test_launches_that_are_not_planned(engine, overrides, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        plan(load_recipe(ROOT / "recipes" / "7b.yaml", overrides), engine=engine, gpus=2)
 
 
 def test_refusals(config_only):

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mage_tune.families import FAMILIES
+from mage_tune.families import FAMILIES, PUBLISHED
 from mage_tune.recipe import (
     Eval,
+    RandomWeights,
     Recipe,
     RecipeError,
     TextSource,
@@ -295,6 +296,24 @@ def test_numbers_and_dates(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_contradiction(fails, overrides: list[str], problem: str) -> None:
     assert fails(GOOD, *overrides).split("key ", 1)[1] == problem
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_shape_goes_by_its_name(name: str, tmp_path: Path) -> None:
+    recipe = load(GOOD, f"model={{random_weights: {name}}}", folder=tmp_path)
+    assert recipe.model.random_weights == RandomWeights(**PUBLISHED[name].sizes)
+    assert recipe.model.family == PUBLISHED[name].family
+    (tmp_path / "again.yaml").write_text(resolved_yaml(recipe))  # whole, so that it says what was trained
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert load(GOOD, f"model={{family: sdar, random_weights: {name}}}", folder=tmp_path).model.family == "sdar"
+
+
+def test_a_shape_of_another_name_is_refused(fails) -> None:
+    line = fails(GOOD, "model={random_weights: 7c}")
+    known = "7b, 1.5b, sdar-8b, sdar-1.7b, smollm2-135m"
+    assert line.endswith(f"key 'model.random_weights': unknown value '7c'; Write one of {known}")
+    options = json_schema()["$defs"]["Model"]["properties"]["random_weights"]["anyOf"]
+    assert {"enum": list(PUBLISHED), "type": "string"} in options
 
 
 def test_contradiction_names_the_line(fails) -> None:

@@ -1,7 +1,10 @@
 """Trackers and samples beside a run: what they get, and that none of them can end it."""
 
 import json
+import shutil
 import sys
+import time
+import tomllib
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ import mage_tune.tracking as tracking_module
 import mage_tune.watch as watch_module
 from mage_tune.progress import summary
 from mage_tune.recipe import load_recipe
-from mage_tune.tracking import Tracking
+from mage_tune.tracking import Run, Tracking
 from mage_tune.trainer import train
 from mage_tune.watch import Samples, ideal_step_s
 from tests.test_engines import RECIPE
@@ -33,9 +36,9 @@ class Recorder:
     def __init__(self, failing: str = "") -> None:
         self.failing, self.lines, self.is_finished = failing, [], False
 
-    def start(self, folder, run, config):
+    def start(self, run):
         self.fail("start")
-        self.run, self.config = run, config
+        self.run = run
         return self
 
     def log(self, values, step):
@@ -77,7 +80,8 @@ def test_every_tracker_gets_every_line(run):
         assert [step for step, _ in tracker.lines] == [1, 2, 3]
         assert [values["loss"] for _, values in tracker.lines] == [line["loss"] for line in lines]
         assert {"diffusion", "query_alignment", "tokens_per_s", "grad_norm"} <= tracker.lines[0][1].keys()
-        assert tracker.run == "debug" and tracker.config["train"]["steps"] == 3
+        assert tracker.run.name == "debug" and tracker.run.config["train"]["steps"] == 3
+        assert tracker.run.step == 0 and tracker.run.id == f"debug-{(folder / 'run_id').read_text().strip()}"
         assert tracker.is_finished
 
 
@@ -98,28 +102,52 @@ def test_a_tracker_that_is_not_installed_warns(tmp_path, monkeypatch, capsys):
     for name in ("trackio", "tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
         tracking = Tracking([name], tmp_path, "x", {}, Console(stderr=True))
-        tracking.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
+        tracking.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
         assert tracking.trackers == {}
-        assert f"train.trackers: {name} does not start" in capsys.readouterr().err
+        extra = {"trackio": "track"}.get(name, name)
+        told = capsys.readouterr().err
+        assert f"train.trackers: {name} is not there (" in told and f"pip install 'mage_tune[{extra}]')" in told
+        assert (
+            extra
+            in tomllib.loads((RECIPE.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        )
 
 
-def test_trackio_and_wandb_are_started_with_the_runs_name(tmp_path, monkeypatch):
+def test_a_run_keeps_its_id_and_another_has_its_own(run, tmp_path):
+    """Two runs of one recipe are two runs in a tracker, and one that goes on is one."""
+    first, second, resumed = Recorder(), Recorder(), Recorder()
+    folder, _ = run({"trackio": first}, "train.trackers=[trackio]", "train.save_every=2")
+    run({"trackio": second}, "train.trackers=[trackio]")
+    assert first.run.id != second.run.id
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
+    (folder / "adapter_model.safetensors").unlink()
+    run({"trackio": resumed}, "train.trackers=[trackio]", "train.save_every=2", f"output={folder}")
+    assert resumed.run.id == first.run.id and resumed.run.step == 2
+    assert [step for step, _ in resumed.lines] == [3]
+
+
+def test_trackio_and_wandb_go_on_with_a_runs_id(tmp_path, monkeypatch):
     for name in ("trackio", "wandb"):
         seen = {}
         fake = ModuleType(name)
         fake.init = lambda seen=seen, **options: seen.update(options) or Recorder()
         monkeypatch.setitem(sys.modules, name, fake)
-        assert isinstance(tracking_module.STARTERS[name](tmp_path, "mine", {"seed": 1}), Recorder)
-        assert (seen["project"], seen["name"], seen["config"]) == ("mage_tune", "mine", {"seed": 1})
+        assert isinstance(tracking_module.STARTERS[name](Run(tmp_path, "mine", "mine-1a", 0, {"seed": 1})), Recorder)
+        assert (seen["project"], seen["config"], seen["resume"]) == ("mage_tune", {"seed": 1}, "allow")
+        assert seen["id" if name == "wandb" else "name"] == "mine-1a"
 
 
 def test_tensorboard_writes_events(tmp_path):
     pytest.importorskip("tensorboard")
-    tracker = tracking_module.STARTERS["tensorboard"](tmp_path, "x", {})
-    tracker.log({"loss": 1.5}, step=1)
-    tracker.finish()
-    [events] = (tmp_path / "tensorboard").glob("events*")
-    assert b"loss" in events.read_bytes()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, steps in ((0, (1, 2, 3)), (1, (2, 3))):  # stopped after step 3, gone on from a checkpoint of step 1
+        tracker = tracking_module.STARTERS["tensorboard"](Run(tmp_path, "x", "x-1a", done, {}))
+        for step in steps:
+            tracker.log({"loss": 1.5 + done}, step=step)
+        tracker.finish()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in found] == [(1, 1.5), (2, 2.5), (3, 2.5)]
 
 
 def test_samples_are_printed_and_change_nothing(run):
@@ -127,8 +155,27 @@ def test_samples_are_printed_and_change_nothing(run):
     folder, err = run({}, "train.sample_every=2", watch=Samples)
     assert err.count("writes: ") == 1
     assert "step 2: recall@16 0." in err
+    first, second, third = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert f"recall@16 {second['recall']:.3f}" in err and second["sample_s"] > 0
+    assert not {"recall", "sample_s"} & (first.keys() | third.keys())
     for name, weight in weights(plain).items():
         assert torch.equal(weights(folder)[name], weight)
+
+
+def test_samples_go_to_trackers_and_do_not_slow_down_what_is_logged(run, monkeypatch):
+    tracker, sample = Recorder(), Samples.sample
+    monkeypatch.setattr(Samples, "sample", lambda self: time.sleep(3) or sample(self))
+    run({"wandb": tracker}, "train.sample_every=3", "train.trackers=[wandb]", watch=Samples)
+    step, values = tracker.lines[-1]
+    assert step == 3 and 0 <= values["recall"] <= 1
+    assert values["sample_s"] > 3 > values["step_s"]
+
+
+def test_a_row_too_short_to_be_continued_is_told(run):
+    folder, err = run({}, "train.sample_every=1", "data.sources=[{kind: text, path: recipes/data/debug-text.txt}]",
+                      "data.length=32", watch=Samples)  # fmt: skip
+    assert err.count("train.sample_every: none, as row 0 is shorter than two blocks of 32 tokens") == 1
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 def test_samples_that_fail_warn_once(run, monkeypatch):

@@ -11,9 +11,20 @@ from typing import Any
 from mage_tune.families.converted import CONVERTED
 from mage_tune.families.family import Family, Noise
 from mage_tune.families.fast_dllm_v2 import FAST_DLLM_V2
+from mage_tune.families.published import PUBLISHED, Published, published_at
 from mage_tune.families.sdar import SDAR
 
-__all__ = ["FAMILIES", "Family", "Noise", "apply_config", "get_family", "guess_family"]
+__all__ = [
+    "FAMILIES",
+    "PUBLISHED",
+    "Family",
+    "Noise",
+    "Published",
+    "apply_config",
+    "get_family",
+    "guess_family",
+    "published_at",
+]
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (FAST_DLLM_V2, SDAR, CONVERTED)}
 """Every supported family by name. LLaDA2 joins with its own model class in a later issue."""

@@ -28,6 +28,20 @@ its gradient in the same place; with every term (bd13d5e):
     1.5B, 1 x 3.25 x 65536                                            46.1 GiB   49.2 (+6.7 %)
     7B in 4 bits, with offload, 1 x 3.25 x 65536                      64.4 GiB   68.5 (+6.4 %)
 
+**Several GPUs.** Each holds one row's activations as one GPU does; an engine divides the rest. DDP holds the adapter's
+gradients once more, in the buckets that it adds up. FSDP2 leaves a GPU its share of weights, adapter, gradients and
+optimizer, and holds two layers whole: the one at work and the one gathered ahead. ZeRO-3 does likewise, lets 1e9
+gathered parameters live (DeepSpeed's stage3_max_live_parameters) and has the output head whole (`trainer.HoldHead`).
+Against the fullest GPU of results/engines_h100.json (7B, 1 x 3.25 x 4096; bd13d5e):
+
+    ddp, 2 and 4 GPUs, fused                                    60.9, 60.6 GiB   61.0 (+0.1, +0.6 %)
+    fsdp2, 2 GPUs, fused                                              53.6 GiB   53.8 (+0.4 %)
+    zero3, 2 GPUs, plain layers recomputed                            18.2 GiB   17.8 (-2.3 %)
+
+GPUs share out the micro-steps of an optimizer step; adding up an adapter's gradients costs DDP next to nothing (7.2 and
+3.6 s predicted, 7.7 and 3.8 measured). What FSDP2's gathering adds is one number fitted to one measurement, on NVLink
+(`GATHER_RATE`), and what ZeRO-3's adds is not predicted: its 22.8 s were half as long again as its layers alone.
+
 **Time.** A roofline: linear layers at the GEMM rate measured on an H100 (the same share of the peak is assumed of
 other cards), attention at FlexAttention's rates, everything between them as memory traffic at the rates of kernels
 profiled there (results/training_h100.json), the terms as bytes of their operators, and the host's launches, which hide
@@ -58,6 +72,7 @@ from mage_tune.fused import KEPT_BYTES, padded
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
+from mage_tune.trainer import micro_steps_per_process
 
 GIB = 2**30
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -92,6 +107,11 @@ the two kernels that do it take twice the time of these bytes (their profile in 
 CUT_PASSES = {"alignment": 15, "sparse": 18}
 """Times that queries and keys of a row are read or written to cut them for alignment and for the sparse stream.
 Counted, 5 and 6; copies of heads out of their strides take three times as long (the same profile)."""
+GATHER_RATE = 206e9
+"""Bytes a second at which FSDP2 gathers weights in the forward and in the backward pass, where that is not hidden
+behind the work: what fsdp2-2 of engines_h100.json takes longer than ddp-2, 0.074 s a micro-step."""
+ZERO3_LIVE = 10**9
+"""Gathered parameters that DeepSpeed lets live: its stage3_max_live_parameters by default."""
 AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
 
@@ -118,6 +138,19 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How many GPUs train together, and the engine (of `mage_tune.engines`) that divides the work."""
+
+    engine: str = "ddp"
+    gpus: int = 1
+
+    @property
+    def weight_shares(self) -> int:
+        """Parts that weights, adapter, gradients and optimizer are split into."""
+        return 1 if self.engine == "ddp" else self.gpus
+
+
+@dataclass(frozen=True)
 class Item:
     """One line of a plan: how much, and what it is made of."""
 
@@ -127,10 +160,12 @@ class Item:
 
 
 class Estimate:
-    """Bytes and FLOP of one micro-step on one device; see the module's docstring."""
+    """Bytes of a micro-step, FLOP and seconds of an optimizer step, on one GPU; see the module's docstring."""
 
-    def __init__(self, recipe: Recipe, shape: Shape, family: Family) -> None:
+    def __init__(self, recipe: Recipe, shape: Shape, family: Family, launch: Launch | None = None) -> None:
         self.recipe, self.shape, self.family = recipe, shape, family
+        self.launch = launch or Launch()
+        self.micro_steps = micro_steps_per_process(recipe.train, self.launch.gpus)
         needs = StreamLoss(recipe.objective).collator_needs()
         collator = Collator(family, recipe.seed, **needs)
         length = round_up(recipe.data.length, max(TILE, family.block_size))
@@ -186,7 +221,8 @@ class Estimate:
 
     def memory(self) -> Iterator[Item]:
         """Components of the peak, in GiB."""
-        shape, adapter = self.shape, self.adapter_parameters
+        shape, adapter, parts = self.shape, self.adapter_parameters, self.launch.weight_shares
+        held = "" if parts == 1 else f", 1/{parts} of it here"
         kind = {2: "bfloat16", 4: "float32"}[self.weight_bytes]
 
         def item(name: str, size: float, made_of: str) -> Item:
@@ -199,15 +235,18 @@ class Estimate:
             largest_weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
             yield item("unpacked weight", self.compute_bytes * largest_weight, "the largest, for its product")
         else:
-            yield item("weights", self.weight_bytes * shape.parameters, f"{shape.parameters / 1e9:.3f} G in {kind}")
+            size = self.weight_bytes * shape.parameters / parts
+            yield item("weights", size, f"{shape.parameters / 1e9:.3f} G in {kind}{held}")
         if self.weight_bytes > self.compute_bytes and not (self.is_recomputed or self.is_fused or self.is_quantised):
             size = self.compute_bytes * shape.linear_parameters
             yield item("cast weights", size, "linear layers once more in bfloat16, kept for their input gradients")
         if self.keeps_wide_weights:
             yield item("wide weights", self._wide_bytes(), "linear layers once more, with their adapters beside them")
-        yield item("adapter", 4 * adapter, f"{adapter / 1e6:.2f} M in float32")
-        yield item("gradients", 4 * adapter, "of the adapter, float32")
-        yield item("optimizer", 8 * adapter, "two AdamW moments, float32")
+        yield item("adapter", 4 * adapter / parts, f"{adapter / 1e6:.2f} M in float32{held}")
+        yield item("gradients", 4 * adapter / parts, f"of the adapter, float32{held}")
+        yield item("optimizer", 8 * adapter / parts, f"two AdamW moments, float32{held}")
+        if self.launch.gpus > 1:
+            yield self._gathered()
         kept = self.layer_bytes()
         if self.is_recomputed:
             kept = float(self.residual_bytes * shape.hidden_size * self.tokens)
@@ -217,12 +256,28 @@ class Estimate:
             yield item(name, 0.0, f"{what}: {kept * shape.num_layers / GIB:.1f} GiB of host memory")
         else:
             yield item(name, kept * shape.num_layers, what + note)
-        yield item("terms", self._terms_bytes(), "what alignment and the sparse stream keep per layer")
+        yield item("terms", self._terms_bytes(), "kept per layer by alignment and the sparse stream")
         yield item("last hidden", self._last_bytes(), "final norm and its output")
-        yield item("flex mask", self._mask_bytes(), f"tile lists of {self.row.exact.total // TILE} x itself")
+        tiles = self.row.exact.total // TILE
+        yield item("flex mask", self._mask_bytes(), f"FlexAttention's lists of {tiles} x {tiles} tiles")
         phases = dict(self._phases())
         largest = max(phases, key=lambda name: phases[name])
-        yield item(f"at the peak: {largest}", phases[largest], "the largest of what is held for a moment only")
+        yield item(f"at the peak: {largest}", phases[largest], "the most that is held for a moment only")
+
+    def _gathered(self) -> Item:
+        """What a GPU holds for the others' sake."""
+        shape = self.shape
+        if self.launch.engine == "ddp":
+            return Item(
+                "gradient buckets", 4 * self.adapter_parameters / GIB, "the adapter's gradients, to be added up"
+            )
+        layer = shape.linear_parameters // shape.num_layers
+        if self.launch.engine == "fsdp2":
+            return Item("gathered weights", 2 * self.weight_bytes * layer / GIB, "the layer at work and the next one")
+        live = min(ZERO3_LIVE, shape.linear_parameters)
+        head = shape.vocab_size * shape.hidden_size
+        made_of = f"{ZERO3_LIVE / 1e9:.0f} G parameters that may live, and the output head"
+        return Item("gathered weights", self.weight_bytes * (live + head) / GIB, made_of)
 
     @property
     def keeps_wide_weights(self) -> bool:
@@ -348,7 +403,7 @@ class Estimate:
         """FLOP of an optimizer step that count for utilisation."""
         forward, backward = self._attention_flop()
         linear = 4 * (self.shape.linear_parameters + self.adapter_parameters) * self.tokens
-        return self.recipe.train.accumulation * (linear + self._head_flop(4) + forward + backward)
+        return self.micro_steps * (linear + self._head_flop(4) + forward + backward)
 
     def _head_flop(self, per_weight: int) -> float:
         return per_weight * self.shape.vocab_size * self.shape.hidden_size * self._predictions()
@@ -370,13 +425,19 @@ class Estimate:
         yield from parts
         terms = sum(getattr(self.recipe.objective, name).weight > 0 for name in AUXILIARY)
         launches = LAUNCH_S * (1 + LAUNCH_PER_TERM * terms) * (4 / 3 if self.is_recomputed else 1)
-        host = self.recipe.train.accumulation * self.shape.num_layers * launches
+        host = self.micro_steps * self.shape.num_layers * launches
         device = sum(part.amount for part in parts)
         waiting = (device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP) - device
-        yield Item("waiting for the host", waiting, f"it needs {host:.2f} s to launch the kernels, most of it in time")
+        made_of = f"of {host:.2f} s of launching kernels, what the GPU's work does not hide"
+        yield Item("waiting for the CPU", waiting, made_of)
+        if self.launch.engine == "fsdp2" and self.launch.gpus > 1:
+            others = 1 - 1 / self.launch.gpus  # share of the weights that comes from them, forward and backward
+            moved = self.micro_steps * 2 * self.weight_bytes * self.shape.parameters * others
+            made_of = f"{moved / 1e9:.0f} GB from the other GPUs, what the work hides left out"
+            yield Item("gathering weights", moved / GATHER_RATE, made_of)
 
     def _device_time(self, card: Card) -> Iterator[Item]:
-        steps, shape, peak = self.recipe.train.accumulation, self.shape, card.tflops * 1e12
+        steps, shape, peak = self.micro_steps, self.shape, card.tflops * 1e12
         passes = 6 if self.is_recomputed else 4
         # Their weights have gradients too. Those of fused layers wait for memory and are counted there.
         adapter_passes = 0 if self.is_fused else passes + 2
@@ -391,7 +452,9 @@ class Estimate:
         recomputes = self.is_recomputed or self.is_mlp_recomputed
         what = "forward, recompute, input gradient" if recomputes else "forward, input gradient"
         yield Item(
-            "linear layers", steps * linear / rate, f"{steps * linear / 1e12:.0f} TFLOP ({what}) at {rate / 1e12:.0f}"
+            "linear layers",
+            steps * linear / rate,
+            f"{steps * linear / 1e12:.0f} TFLOP ({what}) at {rate / 1e12:.0f} TFLOP/s",
         )
         forward, backward = self._attention_flop()
         forward *= 2.0 if self.is_recomputed else 1.0
@@ -399,7 +462,7 @@ class Estimate:
         gain = 1 + (FLEX_GAIN - 1) * min(max(long, 0.0), 1.0)
         at_forward, at_backward = (share * gain * card.tflops for share in FLEX_SHARE)
         seconds = (forward / at_forward + backward * 1.25 / at_backward) / 1e12  # scores once more
-        rates = f"{at_forward:.0f} and {at_backward:.0f}"
+        rates = f"{at_forward:.0f} TFLOP/s forward, {at_backward:.0f} backward"
         yield Item("attention", steps * seconds, f"{steps * (forward + backward) / 1e12:.0f} TFLOP at {rates}")
         moved = self._fused_traffic() if self.is_fused else self.layer_bytes() * TRAFFIC
         again = shape.num_layers * (4 / 3 if self.is_recomputed else 1)
@@ -454,29 +517,37 @@ class Estimate:
 
         Beside what they compute, terms cut queries and keys into streams, pack them by blocks, and add up gradients.
         """
-        steps, shape, terms = self.recipe.train.accumulation, self.shape, self.recipe.objective
+        steps, shape, terms = self.micro_steps, self.shape, self.recipe.objective
         alignment, sparse = terms.attention_alignment, terms.sparse_distillation
         moved: float
         passes = CUT_PASSES["alignment"] * (alignment.weight > 0 or terms.query_alignment.weight > 0)
         passes += CUT_PASSES["sparse"] * (sparse.weight > 0)
         if passes:
             moved = shape.num_layers * self.tokens * self.compute_bytes * (shape.query_size + shape.key_size) * passes
-            yield Item("cutting streams", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, {passes} passes")
+            yield Item(
+                "cutting streams",
+                steps * moved / bandwidth,
+                f"{steps * moved / 1e12:.1f} TB: queries and keys, {passes} times",
+            )
         if alignment.weight > 0:
             layers = max(shape.num_layers - alignment.skip_layers, 0)
             moved = layers * self._alignment_pairs() * self.compute_bytes * 2 * ALIGNMENT_PASSES
-            yield Item("attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB")
+            yield Item(
+                "attention alignment", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB of probabilities"
+            )
         if sparse.weight > 0:
             layers = max(shape.num_layers - sparse.dense_layers, 0)
             pairs = self.rows * shape.num_heads * self.row.length * self.row.sparse_length
             moved = layers * pairs * self.compute_bytes * SCORING_PASSES
-            yield Item("sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB, every key scored")
+            yield Item(
+                "sparse scoring", steps * moved / bandwidth, f"{steps * moved / 1e12:.1f} TB: a score for every key"
+            )
             if sparse.kl_weight > 0:
                 rows = steps * self.rows * self._masked_share() * self.row.sparse_length
                 moved = rows * shape.vocab_size * self.compute_bytes * KL_PASSES
                 flop = rows * shape.vocab_size * shape.hidden_size * (6 + 2 * self._trains_head)
                 yield Item(
-                    "KL to the teacher", moved / bandwidth + flop / rate, f"{moved / 1e12:.1f} TB of logits, two sides"
+                    "KL to the teacher", moved / bandwidth + flop / rate, f"{moved / 1e12:.2f} TB: logits of both sides"
                 )
             if sparse.kl_weight > 0 and sparse.teacher == "adapters_off":
                 flop = 2 * shape.linear_parameters * self.rows * 2 * self.row.length

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
-from mage_tune.families import Family, apply_config, get_family, guess_family
-from mage_tune.recipe import Recipe
+from mage_tune.families import Family, Published, apply_config, get_family, guess_family, published_at
+from mage_tune.recipe import Model, RandomWeights, Recipe
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ def read_model(recipe: Recipe) -> tuple[Shape, Family]:
     """
     model = recipe.model
     if model.random_weights is not None:
-        sizes = model.random_weights.model_dump(exclude={"architecture", "max_positions"})
-        sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // sizes["num_heads"]
         assert model.record is not None  # the recipe asks for a family
-        return Shape(**sizes, **_extras(model.random_weights.architecture)), model.record
+        return _as_stated(model.random_weights), model.record
     assert model.path is not None
+    shipped = shipped_sizes(model)
+    if shipped is not None:
+        family = get_family(model.family or shipped.family).with_overrides(block_size=model.block_size)
+        return _as_stated(RandomWeights(**shipped.sizes)), family
     try:
         config, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
     except OSError as error:
@@ -104,6 +108,24 @@ def read_model(recipe: Recipe) -> tuple[Shape, Family]:
     except KeyError as missing:
         raise ValueError(f"{model.path}: config.json does not tell {missing}") from missing
     return shape, family
+
+
+def shipped_sizes(model: Model) -> Published | None:
+    """The sizes of a recipe's model that come with the package, if its config.json is not on this machine.
+
+    They are exact; asking the Hub would tell nothing more, and take half a minute of retries without network.
+    """
+    if model.path is None or model.revision is not None or Path(model.path).exists():
+        return None
+    known = published_at(model.path)
+    is_cached = known is not None and isinstance(try_to_load_from_cache(model.path, "config.json"), str)
+    return None if is_cached else known
+
+
+def _as_stated(weights: RandomWeights) -> Shape:
+    sizes = weights.model_dump(exclude={"architecture", "max_positions"})
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // sizes["num_heads"]
+    return Shape(**sizes, **_extras(weights.architecture))
 
 
 def _extras(architecture: str) -> dict[str, bool]:
