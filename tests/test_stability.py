@@ -295,9 +295,17 @@ def test_a_signal_that_a_launcher_passes_on_is_the_same_signal(recipe, monkeypat
         return compute_loss(self, *args, **kwargs)
 
     compute_loss = MageTrainer.compute_loss
+
+    def at_once(*_):
+        raise AssertionError("stopped at once")
+
     monkeypatch.setattr(MageTrainer, "compute_loss", twice)
-    with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM after step 1 of 5; .*checkpoint-1$"):
-        train(recipe())
+    before = signal.signal(signal.SIGTERM, at_once)
+    try:
+        with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM after step 1 of 5; .*checkpoint-1$"):
+            train(recipe())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
