@@ -236,7 +236,7 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         def on_train_begin(self, *arguments: Any, **options: Any) -> None:
             seen["trackers"] = self.names
 
-    def samples(lm: Any, row: Any, recipe: Recipe, console: Any) -> TrainerCallback:
+    def samples(lm: Any, row: Any, recipe: Recipe, console: Any, measured: dict[str, float]) -> TrainerCallback:
         seen["samples"] = recipe.train.sample_every
         return TrainerCallback()
 

@@ -93,7 +93,7 @@ def test_a_run_killed_at_any_file_event_resumes_to_the_same_adapter(recipe, tmp_
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run([*command, "6"], capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]  # DeepSpeed talks too
     assert len(rows) == 6
     assert {row["signal"] for row in rows} == {signal.SIGKILL}
     assert all(row["equal"] for row in rows), rows
