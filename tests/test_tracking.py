@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mage_tune.tracking as tracking_module
 import mage_tune.watch as watch_module
-from mage_tune.progress import summary
+from mage_tune.progress import details, summary
 from mage_tune.recipe import load_recipe
 from mage_tune.tracking import Run, Tracking
 from mage_tune.trainer import train
@@ -239,5 +239,5 @@ def test_utilisation_is_the_ideal_time_over_the_step(run, monkeypatch):
 
 
 def test_small_terms_are_not_shown_as_zero():
-    line = summary({"loss": 1.0, "diffusion": 0.999, "attention_alignment": 1.234e-5, "tokens_per_s": 5.0})
+    line = details({"diffusion": 0.999, "attention_alignment": 1.234e-5})
     assert "diffusion 0.999 · attention_alignment 1.23e-05" in line
