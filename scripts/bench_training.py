@@ -456,17 +456,45 @@ def first_that_fits(
 ) -> tuple[dict[str, Any], int | None]:
     """(row, length) of the first (case, length) that does not run out of memory; the last, where all do.
 
-    What those before it were is in "did_not_fit" of the row.
+    What those before it were is in "did_not_fit" of the row. One that cannot fit by count is not run.
     """
     too_large: list[str] = []
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     for case, length in tries:
-        row = (attempt if tiny else attempt_alone)(case, length, tiny, folder)
+        hopeless = None if card is None else why_hopeless(case, length, tiny, folder, card)
+        row = {"case": case.name, "error": hopeless} if hopeless else run_try(case, length, tiny, folder)
         if "out of memory" not in row.get("error", ""):
             break
         checkpointing = case.changes.get("train.checkpointing", "the case's own")
         too_large.append(f"length {length or 'of the recipe'}, checkpointing {checkpointing}: {row['error'][:160]}")
         print(f"  {too_large[-1]}", flush=True)
     return row | ({"did_not_fit": too_large} if too_large else {}), length
+
+
+LOGIT_BYTES = 12
+"""Of every logit of the common loss at once: the logit, its log-softmax and the gradient, in float32."""
+WRONG_BY = 1.15
+"""A plan's memory has been up to 7 % too high."""
+
+
+def why_hopeless(case: Case, length: int | None, tiny: bool, folder: Path, card: float) -> str | None:
+    """Why a case cannot fit into a card of so many GiB, without running it; None where it may, or is no recipe."""
+    try:
+        recipe = case_recipe(case, length, tiny, random_bytes(folder))
+    except ValueError:
+        return None  # the try says what is wrong
+    if case.baseline:
+        estimate = Estimate(recipe, *read_model(recipe))
+        logits = estimate.tokens * estimate.shape.vocab_size
+        needed, what = LOGIT_BYTES * logits / 2**30, f"{LOGIT_BYTES} bytes of every logit"
+    else:
+        needed, what = plan(recipe).peak_gib / WRONG_BY, f"the plan, less {WRONG_BY - 1:.0%},"
+    return f"out of memory by count: {what} needs {needed:.1f} of {card:.1f} GiB" if needed > card else None
+
+
+def run_try(case: Case, length: int | None, tiny: bool, folder: Path) -> dict[str, Any]:
+    """One try of a case: in a process of its own, but for toy shapes."""
+    return (attempt if tiny else attempt_alone)(case, length, tiny, folder)
 
 
 def attempt(case: Case, length: int | None, tiny: bool, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,20 @@ def test_out_of_memory_moves_on_to_a_shorter_length_and_then_to_recomputing(benc
     ours = row["ours"]
     assert row["length"] == ours["length"] == 1024 // 16 and ours["checkpointing"] == "mlp"
     assert "length 4096" in row["did_not_fit"][0] and "checkpointing off" in ours["did_not_fit"][0]
+
+
+def test_what_cannot_fit_by_count_is_not_tried(bench, tmp_path):
+    cases = {case.name: case for case in bench.all_cases()}
+
+    def why(name, length, card=79.1, **changes):
+        case = replace(cases[name], changes=cases[name].changes | changes)
+        return bench.why_hopeless(case, length, False, tmp_path, card)
+
+    for name in ("7b-dense_sdpa", "1.5b-dense_sdpa"):  # 3 streams x 16K tokens x 152K logits x 12 bytes
+        assert "every logit needs 83" in why(name, 16384) and why(name, 8192) is None
+    assert "the plan" in why("7b-fused", 16384) and why("7b-fused", 4096) is None
+    assert why("7b-fused", 4096, card=40.0) is not None
+    assert why("7b-fused", 4096, **{"adapter.rank": -1}) is None, "the try says what is wrong"
 
 
 def test_a_try_in_a_process_of_its_own_gives_the_same_row_or_says_what_went_wrong(bench, tmp_path, monkeypatch):
