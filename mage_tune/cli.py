@@ -98,8 +98,8 @@ def train(
     if dry_run:
         typer.echo(resolved_yaml(loaded), nl=False)
         return
+    from mage_tune.run import train as run
     from mage_tune.stability import TrainingStopped
-    from mage_tune.trainer import train as run
     from mage_tune.watch import Samples, ideal_step_s
 
     try:

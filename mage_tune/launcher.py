@@ -1,4 +1,4 @@
-"""What a run owes to the launcher that started it; imports nothing heavy, as it is asked for first."""
+"""What a run owes to the launcher that started it, and its share of the work; imports nothing heavy: it comes first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import ctypes
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mage_tune.recipe import Train
 
 PR_SET_PDEATHSIG = 1
 """Of <sys/prctl.h>."""
@@ -27,3 +31,19 @@ def stop_with_launcher(launcher: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it ended before we asked
         signal.raise_signal(signal.SIGTERM)
+
+
+def micro_steps_per_process(settings: Train, processes: int | None = None) -> int:
+    """Micro-steps of one optimizer step that each process (of this launch) does: the same run on any number of them.
+
+    Raises:
+        ValueError: they cannot be shared out evenly.
+    """
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.accumulation % processes:
+        enough = -(-settings.accumulation // processes) * processes
+        raise ValueError(
+            f"train.accumulation: {settings.accumulation} micro-steps cannot be shared evenly by {processes} "
+            f"processes; use --set train.accumulation={enough} (and train.rows smaller, for the same rows per step)"
+        )
+    return settings.accumulation // processes

@@ -62,15 +62,15 @@ from mage_tune.plan import plan  # noqa: E402
 from mage_tune.plan.estimate import Estimate  # noqa: E402
 from mage_tune.plan.shape import read_model  # noqa: E402
 from mage_tune.recipe import Recipe, load_recipe  # noqa: E402
-from mage_tune.stream_loss import StreamLoss  # noqa: E402
-from mage_tune.streams import StreamAttention  # noqa: E402
-from mage_tune.trainer import (  # noqa: E402
-    MageTrainer,
+from mage_tune.run import (  # noqa: E402
     build_adapter,
     build_trainer,
     load_recipe_backbone,
     training_arguments,
 )
+from mage_tune.stream_loss import StreamLoss  # noqa: E402
+from mage_tune.streams import StreamAttention  # noqa: E402
+from mage_tune.trainer import MageTrainer  # noqa: E402
 
 PEAK_TFLOPS = 989
 SHAPES = {
@@ -220,7 +220,7 @@ def time_case(case: Case, length: int | None, tiny: bool, folder: Path) -> dict[
 def run(
     recipe: Recipe, folder: Path, timer: StepTimer, loss_class: type[StreamLoss]
 ) -> tuple[MageTrainer, Callable[[int], Any]]:
-    """Train as `mage_tune.trainer.train` does, without saving; the trainer, and row number -> example."""
+    """Train as `mage_tune.run.train` does, without saving; the trainer, and row number -> example."""
     backbone = load_recipe_backbone(recipe)
     arguments = training_arguments(recipe, folder / "run")
     arguments.save_strategy = "no"  # type: ignore[assignment]

@@ -112,7 +112,7 @@ def import_everything() -> None:
     """What a training process imports, so that the forks need not."""
     import torch
 
-    import mage_tune.trainer  # noqa: F401
+    import mage_tune.run  # noqa: F401
 
     torch.set_num_threads(1)  # a fork has only one
 

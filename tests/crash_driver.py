@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mage_tune.recipe import load_recipe
+from mage_tune.run import train
 from mage_tune.run_folder import ADAPTER_FILE, checkpoints
-from mage_tune.trainer import train
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -29,7 +29,7 @@ from accelerate.commands import launch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-import mage_tune.trainer  # noqa: F401
+import mage_tune.run  # noqa: F401
 from mage_tune.cli import main
 
 begin_process, begin = PartialState.__init__, AcceleratorState.__init__

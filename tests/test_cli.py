@@ -41,7 +41,7 @@ def call(capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch):
-    """fake("mage_tune.trainer", train=...) stands in for a heavy module."""
+    """fake("mage_tune.run", train=...) stands in for a heavy module."""
 
     def replace(name: str, **members: Any) -> None:
         module = ModuleType(name)
@@ -131,7 +131,7 @@ def test_debug_shows_the_traceback(fake) -> None:
         raise ValueError("from inside")
 
     fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
-    fake("mage_tune.trainer", train=train)
+    fake("mage_tune.run", train=train)
     with pytest.raises(ValueError, match="from inside"):
         main(["train", "debug", "--debug"])
 
@@ -160,7 +160,7 @@ def test_interrupt(call, fake) -> None:
         raise KeyboardInterrupt
 
     fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
-    fake("mage_tune.trainer", train=train)
+    fake("mage_tune.run", train=train)
     code, out, err = call("train", "debug")
     assert (code, out) == (130, "")
     assert err == "interrupted\n"
@@ -180,7 +180,7 @@ def test_one_of_several_processes_says_which_it_is(call, monkeypatch: pytest.Mon
 def test_train(call, fake, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     fake("mage_tune.watch", Samples=None, ideal_step_s=lambda recipe: None)
-    fake("mage_tune.trainer", train=lambda recipe, **given: seen.append(recipe) or Path("runs/x"))
+    fake("mage_tune.run", train=lambda recipe, **given: seen.append(recipe) or Path("runs/x"))
     code, out, _ = call("train", "smollm2-135m", "--set", "train.steps=3", "--set", "seed=9")
     assert code == 0
     assert out == "adapter written to runs/x; prove it with: mage-tune eval runs/x\n"

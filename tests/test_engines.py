@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from mage_tune.cli import main
 from mage_tune.engines import ENGINES, config_file
+from mage_tune.launcher import micro_steps_per_process
 from mage_tune.recipe import load_recipe
-from mage_tune.trainer import check_engine, micro_steps_per_process, take_own_gpu, train, training_arguments
+from mage_tune.run import check_engine, take_own_gpu, train, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "debug.yaml"
@@ -183,7 +184,7 @@ def test_every_process_loads_on_its_own_gpu(monkeypatch):
 
 
 def test_one_process_trains_on_one_of_the_gpus_that_it_sees(monkeypatch):
-    monkeypatch.setattr("mage_tune.trainer.TrainingArguments", lambda **given: SimpleNamespace(n_gpu=4, _n_gpu=4))
+    monkeypatch.setattr("mage_tune.run.TrainingArguments", lambda **given: SimpleNamespace(n_gpu=4, _n_gpu=4))
     assert training_arguments(load_recipe(RECIPE), Path())._n_gpu == 1
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import mage_tune.fused as fused
-import mage_tune.trainer as trainer_module
+import mage_tune.run as run_module
 from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
 from mage_tune.fused import fuse, rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
 from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
+from mage_tune.run import enable_checkpointing
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import RowStreams, StreamAttention
-from mage_tune.trainer import enable_checkpointing
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVE = Objective.model_validate(
@@ -291,16 +291,16 @@ def test_adapters_of_other_arithmetic_are_refused(tiny_backbone, tiny_adapter, a
 
 def test_random_weights_are_said_loudly(tmp_path, capsys):
     short = ["train.steps=1", "data.length=64", "objective.sparse_distillation.budget=16", f"output={tmp_path / 'run'}"]
-    trainer_module.train(load_recipe(ROOT / "recipes" / "debug.yaml", [*short, "train.kernels=fused"]))
+    run_module.train(load_recipe(ROOT / "recipes" / "debug.yaml", [*short, "train.kernels=fused"]))
     assert "RANDOM WEIGHTS" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "versions.json").read_text())["weights"].startswith("RANDOM")
 
 
 def test_zero3_is_refused(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(run_module, "is_deepspeed_zero3_enabled", lambda: True)
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", ["train.kernels=fused"])
     with pytest.raises(ValueError, match="ZeRO-3 keeps spread over the processes; write plain, or launch with fsdp2"):
-        trainer_module.build_adapter(tiny_backbone("converted"), recipe)
+        run_module.build_adapter(tiny_backbone("converted"), recipe)
 
 
 @pytest.mark.parametrize(

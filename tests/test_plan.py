@@ -22,7 +22,7 @@ from mage_tune.plan import USABLE, plan, probe
 from mage_tune.plan.estimate import CARDS, CHUNK, Estimate
 from mage_tune.plan.shape import Shape, read_model
 from mage_tune.recipe import Recipe, load_recipe
-from mage_tune.trainer import leave_casts_to_autocast
+from mage_tune.run import leave_casts_to_autocast
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers.trainer_callback import TrainerCallback
 
-import mage_tune.trainer as trainer_module
+import mage_tune.run as run_module
 from mage_tune import run_folder
 from mage_tune.data import files
 from mage_tune.data.files import Record
@@ -228,7 +228,7 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             seen["checkpointing"] = layer.gradient_checkpointing
             seen["offload"] = getattr(layer, "_gradient_checkpointing_func", None) is offloaded_checkpoint
 
-    build = trainer_module.build_trainer
+    build = run_module.build_trainer
 
     class Trackers(Tracking):
         """Notes which would be started, instead of starting them."""
@@ -245,9 +245,9 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         trainer.add_callback(Watch())
         return trainer
 
-    monkeypatch.setattr(trainer_module, "load_backbone", load_backbone)
-    monkeypatch.setattr(trainer_module, "build_trainer", build_watched)
-    monkeypatch.setattr(trainer_module, "Tracking", Trackers)
+    monkeypatch.setattr(run_module, "load_backbone", load_backbone)
+    monkeypatch.setattr(run_module, "build_trainer", build_watched)
+    monkeypatch.setattr(run_module, "Tracking", Trackers)
     monkeypatch.setattr(files, "_hub_records", hub_records)
     # Of three short steps they take a good part, and nothing of the recipe is in them: the card, git, package versions.
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
@@ -259,7 +259,7 @@ def observe(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         recipe = load_recipe(workplace / "base.yaml", ["train.precision=float32", *overrides])
         monkeypatch.chdir(tmp_path)  # where runs are written
         try:
-            folder = trainer_module.train(recipe, watch=samples)
+            folder = run_module.train(recipe, watch=samples)
         except (ValueError, Stop) as error:
             return {"stopped": repr(error)}
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mage_tune.run as run_module
 import mage_tune.run_folder as run_folder_module
 import mage_tune.stability as stability_module
 import mage_tune.stream_loss as stream_loss_module
@@ -26,9 +27,10 @@ import mage_tune.trainer as trainer_module
 from mage_tune.cli import describe_error
 from mage_tune.objectives import cross_entropy_sum
 from mage_tune.recipe import Recipe, resolved_yaml
+from mage_tune.run import train
 from mage_tune.run_folder import ADAPTER_FILE, last_checkpoint
 from mage_tune.stability import NonFiniteError, SpikeGuard, TrainingStopped
-from mage_tune.trainer import MageTrainer, train
+from mage_tune.trainer import MageTrainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exactness is promised on a CPU")
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +187,7 @@ def test_an_adapter_that_cannot_be_written_leaves_nothing_of_itself(recipe, unin
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "save_adapter", save_on_a_small_disk)
+        patch.setattr(run_module, "save_adapter", save_on_a_small_disk)
         with pytest.raises(OSError, match=r"the adapter could not be written \(.*\); .*checkpoint-5") as caught:
             train(recipe())
     assert describe_error(caught.value)[1] == 2
@@ -220,7 +222,7 @@ def test_what_a_failed_save_left_is_swept_away_before_the_run_needs_space(recipe
         seen.append(list(folder.rglob(".*")))
         raise ZeroDivisionError
 
-    monkeypatch.setattr(trainer_module, "load_recipe_backbone", load)
+    monkeypatch.setattr(run_module, "load_recipe_backbone", load)
     with pytest.raises(ZeroDivisionError):
         train(recipe())
     assert seen == [[]]

@@ -10,9 +10,9 @@ from mage_tune.blocks import StreamLayout
 from mage_tune.data.collate import Collator
 from mage_tune.objectives import block_mean_queries, query_alignment_sum
 from mage_tune.recipe_schema import AttentionAlignment, Objective, QueryAlignment, SparseDistillation
+from mage_tune.run import enable_checkpointing
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import FLEX_OPTIONS, LayerView, RowStreams, StreamAttention, cut, exact_attention, flex_options
-from mage_tune.trainer import enable_checkpointing
 
 BATCH, HEADS, KV_HEADS, DIM, SIZE, LENGTH, SCALING = 2, 4, 2, 8, 4, 24, 0.4
 BLOCKS, GROUP = LENGTH // SIZE, HEADS // KV_HEADS

@@ -16,8 +16,8 @@ import mage_tune.tracking as tracking_module
 import mage_tune.watch as watch_module
 from mage_tune.progress import details, summary
 from mage_tune.recipe import load_recipe
+from mage_tune.run import train
 from mage_tune.tracking import Run, Tracking
-from mage_tune.trainer import train
 from mage_tune.watch import Samples, ideal_step_s
 from tests.test_engines import RECIPE
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import mage_tune.callbacks as callbacks_module
 import mage_tune.stream_loss as stream_loss_module
 import mage_tune.trainer as trainer_module
 from mage_tune.backbone import hidden_states, output_head, read_family
 from mage_tune.blocks import StreamLayout
+from mage_tune.callbacks import SparedCollections
 from mage_tune.data.collate import Collator
 from mage_tune.data.example import Example
 from mage_tune.families import Noise
@@ -24,10 +26,11 @@ from mage_tune.lm import load
 from mage_tune.objectives import cross_entropy_sum
 from mage_tune.recipe import Recipe, RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective, Train
+from mage_tune.run import train
 from mage_tune.run_folder import ADAPTER_FILE, MetricsFile, first_difference, last_checkpoint, save_adapter
 from mage_tune.stream_loss import StreamLoss
 from mage_tune.streams import LayerView, RowStreams, StreamAttention
-from mage_tune.trainer import SparedCollections, clear_by_list, learning_rate_share, train
+from mage_tune.trainer import clear_by_list, learning_rate_share
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exactness is promised on a CPU")
 
@@ -643,7 +646,7 @@ def test_the_garbage_collector_passes_over_what_the_first_steps_left(monkeypatch
     """Not before their code is compiled, and only as long as the run lasts."""
     done: list[str] = []
     for name in ("collect", "freeze", "unfreeze"):
-        monkeypatch.setattr(trainer_module.gc, name, lambda name=name: done.append(name))
+        monkeypatch.setattr(callbacks_module.gc, name, lambda name=name: done.append(name))
     spared = SparedCollections()
     for step in range(1, 5):
         spared.on_step_end(None, None, None)

@@ -69,10 +69,10 @@ from mage_tune.blocks import TILE, round_up
 from mage_tune.data.collate import Collator
 from mage_tune.families import Family
 from mage_tune.fused import KEPT_BYTES, padded
+from mage_tune.launcher import micro_steps_per_process
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
 from mage_tune.stream_loss import StreamLoss
-from mage_tune.trainer import micro_steps_per_process
 
 GIB = 2**30
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))

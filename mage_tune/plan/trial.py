@@ -21,8 +21,8 @@ from mage_tune.data.collate import Collator
 from mage_tune.data.example import Example
 from mage_tune.plan.shape import Shape, read_model
 from mage_tune.recipe import Recipe
+from mage_tune.run import build_adapter, leave_casts_to_autocast
 from mage_tune.stream_loss import StreamLoss
-from mage_tune.trainer import build_adapter, leave_casts_to_autocast
 
 
 @dataclass(frozen=True)
