@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import mage_tune.fused as fused
 import mage_tune.run as run_module
 from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
-from mage_tune.fused import fuse, rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
+from mage_tune.fused import fuse, layers, product
+from mage_tune.fused.elementwise import rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
 from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
 from mage_tune.run import enable_checkpointing
@@ -109,11 +109,11 @@ def test_products_see_rows_of_whole_16_bytes(tiny_backbone, tiny_adapter, monkey
     operands: list[Tensor] = []
     for name in ("mm", "addmm_", "__matmul__"):
         owner = torch if name == "mm" else Tensor
-        product = getattr(owner, name)
+        multiply = getattr(owner, name)
 
-        def seen(*args, product=product, **kwargs):
+        def seen(*args, multiply=multiply, **kwargs):
             operands.extend([*args, *kwargs.values()])
-            return product(*args, **kwargs)
+            return multiply(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, seen)
     ids, row = torch.full((1, 64), 7), RowStreams(32, 4, noisy=1)
@@ -242,13 +242,13 @@ def test_the_last_product_is_not_recomputed(tiny_backbone, tiny_adapter, monkeyp
     model = tiny_adapter(tiny_backbone("converted", num_layers=1))
     fuse(model, "layer", kept_bytes=0)
     products: list[tuple[int, int]] = []
-    weight = fused.Frozen.weight
+    weight = product.Frozen.weight
 
     def counted(self, dtype):
         products.append(tuple(self.base.weight.shape))
         return weight(self, dtype)
 
-    monkeypatch.setattr(fused.Frozen, "weight", counted)
+    monkeypatch.setattr(product.Frozen, "weight", counted)
     row = RowStreams(32, 4, noisy=1)
     out = hidden_states(model.train(), torch.full((1, 64), 7), torch.arange(64)[None], StreamAttention(row).attend)
     assert products.count((32, 48)) == 1  # down_proj, forward
@@ -278,7 +278,7 @@ def test_decoding_goes_the_plain_way(tiny_backbone, tiny_adapter, monkeypatch):
     ids = torch.randint(6, 60, (1, 16))
     before = model(input_ids=ids).logits
     fuse(model)
-    monkeypatch.setattr(fused, "layer_forward", None)  # would fail if it were called
+    monkeypatch.setattr(layers, "layer_forward", None)  # would fail if it were called
     assert model(input_ids=ids).logits.equal(before)
 
 
