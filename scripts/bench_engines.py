@@ -25,7 +25,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,10 +42,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from bench_training import FUSED, Case, case_recipe, finished, random_bytes  # noqa: E402
+from bench_training import FUSED, Case, case_recipe, finished, random_bytes, speed, what_is_trained  # noqa: E402
 
 from mage_tune.engines import config_file  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
+from mage_tune.plan import ENGINES, plan  # noqa: E402
+from mage_tune.plan.estimate import Estimate  # noqa: E402
+from mage_tune.plan.shape import read_model  # noqa: E402
 from mage_tune.recipe import Recipe, resolved_yaml  # noqa: E402
 
 PLAIN = {"train.kernels": "plain", "train.checkpointing": "non_reentrant"}
@@ -224,31 +226,30 @@ def measure(
 
 def describe(launch: Launch, recipe: Recipe, lines: Sequence[dict[str, Any]], warmup: int) -> dict[str, Any]:
     """What is written down of a case, from what its run logged."""
-    settings = recipe.train
-    tokens = settings.rows * settings.accumulation * recipe.data.length
-    seconds = [line["step_s"] for line in lines[warmup:]]
-    step_s = statistics.median(seconds)
+    estimate, seconds = Estimate(recipe, *read_model(recipe)), [line["step_s"] for line in lines[warmup:]]
+    trained = what_is_trained(recipe, estimate)
     row = {
         "case": launch.name,
+        "model": "7b",
+        **trained,
         "engine": launch.engine,
         "gpus": launch.gpus,
-        "kernels": settings.kernels,
-        "checkpointing": settings.checkpointing,
-        "length": recipe.data.length,
-        "rows": settings.rows,
-        "accumulation": settings.accumulation,
-        "tokens_per_step": tokens,
-        "step_s": step_s,
-        "steps_timed": len(seconds),
-        "fastest_s": min(seconds),
-        "slowest_s": max(seconds),
-        "tokens_per_s": tokens / step_s,
+        **speed(seconds, trained["tokens_per_step"], estimate.model_flop() / 1e12, launch.gpus),
         "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None),
+        "predicted_gib": predicted_gib(launch, recipe),
+        "baseline": None,
         "losses": [line["loss"] for line in lines],
         "grad_norms": [line.get("grad_norm") for line in lines],
         "steps_s": [line["step_s"] for line in lines],
     }
     return row | {"deepspeed": version("deepspeed")} if launch.engine.startswith("zero") else row
+
+
+def predicted_gib(launch: Launch, recipe: Recipe) -> float | None:
+    """Memory of a GPU by the plan, or None for an engine that is not predicted."""
+    if launch.gpus > 1 and launch.engine not in ENGINES:
+        return None
+    return plan(recipe, engine=launch.engine if launch.gpus > 1 else "ddp", gpus=launch.gpus).peak_gib
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

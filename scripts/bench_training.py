@@ -245,23 +245,17 @@ def random_bytes(folder: Path, count: int = 2**21) -> Path:
     return path
 
 
-def describe(case: Case, recipe: Recipe, trainer: MageTrainer, timer: StepTimer) -> dict[str, Any]:
-    """What is written down of a case."""
-    estimate = Estimate(recipe, *read_model(recipe))
-    settings, step_s = recipe.train, statistics.median(timer.seconds)
-    tokens = settings.rows * settings.accumulation * recipe.data.length
-    on_gpu = torch.cuda.is_available()
-    model_tflop = estimate.model_flop() / 1e12
+def what_is_trained(recipe: Recipe, estimate: Estimate) -> dict[str, Any]:
+    """What is written down of a recipe on random weights."""
+    settings = recipe.train
     return {
-        "case": case.name,
-        "model": case.recipe,
         "weights": "random",
         "length": recipe.data.length,
         "rows": settings.rows,
         "accumulation": settings.accumulation,
         "streams": estimate.row.total / estimate.row.length,
         "stream_names": estimate.stream_names,
-        "tokens_per_step": tokens,
+        "tokens_per_step": settings.rows * settings.accumulation * recipe.data.length,
         "terms": [name for name in TERMS if getattr(recipe.objective, name).weight > 0],
         "kl_weight": recipe.objective.sparse_distillation.kl_weight,
         "adapter": f"LoRA rank {recipe.adapter.rank}, {len(estimate._targets)} linear layers",
@@ -269,15 +263,34 @@ def describe(case: Case, recipe: Recipe, trainer: MageTrainer, timer: StepTimer)
         "kernels": settings.kernels,
         "checkpointing": settings.checkpointing,
         "offload": settings.offload,
-        "engine": "one process",
-        "gpus": 1 if on_gpu else 0,
+    }
+
+
+def speed(seconds: Sequence[float], tokens: int, model_tflop: float, gpus: int = 1) -> dict[str, Any]:
+    """What is written down of the steps that were timed."""
+    step_s = statistics.median(seconds)
+    return {
         "step_s": step_s,
-        "steps_timed": len(timer.seconds),
-        "fastest_s": min(timer.seconds),
-        "slowest_s": max(timer.seconds),
+        "steps_timed": len(seconds),
+        "fastest_s": min(seconds),
+        "slowest_s": max(seconds),
         "tokens_per_s": tokens / step_s,
         "model_tflop": model_tflop,
-        "mfu": model_tflop / step_s / PEAK_TFLOPS,
+        "mfu": model_tflop / step_s / PEAK_TFLOPS / gpus,
+    }
+
+
+def describe(case: Case, recipe: Recipe, trainer: MageTrainer, timer: StepTimer) -> dict[str, Any]:
+    """What is written down of a case."""
+    estimate, on_gpu = Estimate(recipe, *read_model(recipe)), torch.cuda.is_available()
+    trained = what_is_trained(recipe, estimate)
+    return {
+        "case": case.name,
+        "model": case.recipe,
+        **trained,
+        "engine": "one process",
+        "gpus": 1 if on_gpu else 0,
+        **speed(timer.seconds, trained["tokens_per_step"], estimate.model_flop() / 1e12),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "predicted_gib": None if case.baseline else plan(recipe).peak_gib,
         "predicted_s": None if case.baseline else plan(recipe).step_s,

@@ -14,6 +14,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = {
+    "model", "length", "rows", "streams", "tokens_per_step", "terms", "adapter", "quantised", "engine", "gpus",
+    "step_s", "tokens_per_s", "mfu", "peak_gib", "predicted_gib", "baseline",
+}  # fmt: skip
 
 
 def loaded(name: str):
@@ -59,6 +63,7 @@ def test_two_processes_are_measured_beside_one_and_joined(bench, tmp_path):
         ("ddp-1", "one process", 1),
         ("ddp-2", "ddp", 2),
     ]
+    assert one.keys() >= COLUMNS and two["streams"] == one["streams"] > 3 and len(two["terms"]) == 4
     assert len(two["losses"]) == len(two["grad_norms"]) == 3 and two["steps_timed"] == 2
     assert two["largest_loss_difference"] < 1e-5 and one["largest_loss_difference"] is None
     assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-4)
