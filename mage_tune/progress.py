@@ -139,8 +139,13 @@ def details(logs: dict[str, Any], *, is_short: bool = False) -> str:
     """What the loss is made of, where it has several terms, and the gradient norm."""
     terms = [name for name in TERMS if name in logs]
     names = [name.partition("_")[0] if is_short else name for name in terms]
-    parts = [f"{name} {logs[term]:.3g}" for name, term in zip(names, terms, strict=True)] if len(terms) > 1 else []
+    parts = [f"{name} {number(logs[term])}" for name, term in zip(names, terms, strict=True)] if len(terms) > 1 else []
     return " · ".join([*parts, f"grad {logs.get('grad_norm', float('nan')):.2f}"])
+
+
+def number(value: float) -> str:
+    """Four decimals, or two digits of what would be nothing then."""
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.2g}"
 
 
 def closing(steps: int, seconds: float, tokens: float, peak_gib: float, memory: str) -> str:

@@ -240,4 +240,4 @@ def test_utilisation_is_the_ideal_time_over_the_step(run, monkeypatch):
 
 def test_small_terms_are_not_shown_as_zero():
     line = details({"diffusion": 0.999, "attention_alignment": 1.234e-5})
-    assert "diffusion 0.999 · attention_alignment 1.23e-05" in line
+    assert "diffusion 0.9990 · attention_alignment 1.2e-05" in line
