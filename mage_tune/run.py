@@ -25,6 +25,7 @@ from mage_tune.blocks import TILE
 from mage_tune.callbacks import HoldHead, OwnIntervals, PrefetchLayers, SparedCollections
 from mage_tune.data.collate import Collator, length_bucket
 from mage_tune.data.mixture import build_mixture, preview
+from mage_tune.families import Family
 from mage_tune.fused import Recompute, fuse, offloaded_checkpoint
 from mage_tune.launcher import micro_steps_per_process
 from mage_tune.lm import BlockDiffusionLM
@@ -268,6 +269,18 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return arguments
 
 
+def recipe_collator(recipe: Recipe, family: Family, loss: StreamLoss, on_gpu: bool) -> Collator:
+    """What makes batches of a recipe's rows."""
+    return Collator(
+        family,
+        recipe.seed,
+        length_multiple=length_bucket(recipe.data.length) if on_gpu else 1,
+        pack_to=recipe.data.length if recipe.data.packing else None,
+        document_multiple=TILE if on_gpu else 1,
+        **loss.collator_needs(),
+    )
+
+
 def build_trainer(
     recipe: Recipe,
     folder: Path,
@@ -279,15 +292,7 @@ def build_trainer(
     console: Console,
 ) -> MageTrainer:
     """Everything `train` needs, wired."""
-    on_gpu = arguments.device.type == "cuda"
-    collator = Collator(
-        backbone.family,
-        recipe.seed,
-        length_multiple=length_bucket(recipe.data.length) if on_gpu else 1,
-        pack_to=recipe.data.length if recipe.data.packing else None,
-        document_multiple=TILE if on_gpu else 1,
-        **loss.collator_needs(),
-    )
+    collator = recipe_collator(recipe, backbone.family, loss, arguments.device.type == "cuda")
     if arguments.bf16:
         leave_casts_to_autocast(model)
     trainer = MageTrainer(

@@ -16,12 +16,10 @@ import numpy as np
 import torch
 
 from mage_tune.backbone import random_backbone
-from mage_tune.blocks import TILE
-from mage_tune.data.collate import Collator
 from mage_tune.data.example import Example
 from mage_tune.plan.shape import Shape, read_model
 from mage_tune.recipe import Recipe
-from mage_tune.run import build_adapter, leave_casts_to_autocast
+from mage_tune.run import build_adapter, leave_casts_to_autocast, recipe_collator
 from mage_tune.stream_loss import StreamLoss
 
 
@@ -71,7 +69,7 @@ def _micro_steps(recipe: Recipe, count: int, on_gpu: bool) -> list[float]:
     if in_bfloat16:
         leave_casts_to_autocast(model)
     loss = StreamLoss(recipe.objective)
-    collator = Collator(backbone.family, recipe.seed, length_multiple=TILE if on_gpu else 1, **loss.collator_needs())
+    collator = recipe_collator(recipe, backbone.family, loss, on_gpu)
     where = torch.device("cuda" if on_gpu else "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, fused=on_gpu)
