@@ -133,7 +133,6 @@ def unit(dotted: str) -> str:
 
 LEAVES = {
     "families",
-    "launcher",
     "selection",
     "objectives",
     "progress",
@@ -156,11 +155,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fused": {"backbone"},
     "stream_loss": {"recipe_schema", "objectives", "selection", "streams", "backbone"},
     "run_folder": {"environment", "families", "recipe", "backbone", "stability"},
+    "callbacks": {"backbone"},
+    "launcher": {"recipe"},
 }
 """Design section 3, bottom first: who may import whom. Whatever is not here stands above all of it."""
-ABOVE = ("trainer", "evals", "bench", "publish", "plan", "doctor", "watch")
-BESIDE = {"publish": {"evals"}, "plan": {"trainer"}, "watch": {"evals", "plan"}}
-"""The card speaks of results as reports do; a plan is tried with the trainer's own adapter and layers;
+ABOVE = ("trainer", "run", "evals", "bench", "publish", "plan", "doctor", "watch")
+BESIDE = {"run": {"trainer"}, "publish": {"evals"}, "plan": {"run"}, "watch": {"evals", "plan"}}
+"""The card speaks of results as reports do; a plan is tried with a run's own adapter and layers;
 what is watched in training is recall, and utilisation as a plan counts it."""
 TOP = ("cli", "train")
 

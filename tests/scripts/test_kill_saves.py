@@ -76,7 +76,7 @@ def test_resumes_are_recognised_by_what_the_trainer_and_the_script_say():
     for said in ("going on from OUT/checkpoints/checkpoint-12\n", f"{script.FINISHED} OUT/checkpoints/checkpoint-12"):
         assert re.search(script.RESUMED, said)[1] == "12"
     assert not re.search(script.RESUMED, "adapter written to OUT; checkpoints in OUT/checkpoints/checkpoint-3")
-    assert "going on from " in (ROOT / "mage_tune" / "trainer.py").read_text()
+    assert "going on from " in (ROOT / "mage_tune" / "run.py").read_text()
 
 
 def test_without_the_tool_it_says_what_to_install(monkeypatch, capsys):

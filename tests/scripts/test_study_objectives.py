@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mage_tune import run as run_module
 from mage_tune.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -104,7 +105,7 @@ def in_this_process(monkeypatch):
 
     def run(command, stdout, stderr, check):
         assert command[1:4] == ["-m", "mage_tune.cli", "train"]
-        run.train(load_recipe(command[4], command[6::2]))
+        run_module.train(load_recipe(command[4], command[6::2]))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
