@@ -95,6 +95,21 @@ def test_adapters_on_some_layers(pair, targets, kept_bytes):
     assert ours.keys() == plain.keys()
 
 
+def test_kept_products_follow_weights_and_adapters(tiny_backbone, tiny_adapter):
+    ids, row, found = torch.full((1, 64), 7), RowStreams(32, 4, noisy=1), []
+    for change in (None, fuse):
+        model = tiny_adapter(tiny_backbone("converted", num_layers=2)).double()
+        if change is not None:
+            change(model)  # keeps, as the model is small
+        for seed in (0, 1):
+            with torch.no_grad():
+                for p in model.parameters() if seed else ():
+                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).double()
+            found.append(hidden_states(model.train(), ids, torch.arange(64)[None], StreamAttention(row).attend))
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found[0], found[1], rtol=0.1)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 8, 36])
 @pytest.mark.parametrize("recompute", ["nothing", "layer"])
 def test_ranks_that_are_no_multiples_of_eight(pair, rank, recompute):

@@ -73,6 +73,11 @@ class Place:
     """Of the adapter's inner vector."""
 
 
+def versions(linears: Sequence[Frozen]) -> list[tuple[int, int]]:
+    """What changes when a weight is another tensor, or has been written to."""
+    return [(id(linear.base.weight), linear.base.weight._version) for linear in linears]
+
+
 class Product:
     """Linear layers that read one input, side by side: one product makes all of their outputs.
 
@@ -103,6 +108,7 @@ class Product:
                 at += padded(len(a))
             row += out
         self.inner = at
+        self.made_of = versions(linears)
         self._kept: tuple[Tensor, Tensor, Tensor | None] | None = None
         if is_kept:
             self._kept = self._empty_firsts(), self._frozen_matrix(), self._joined_bias()
@@ -205,6 +211,7 @@ class Linears:
         if last is None or not (
             last.dtype == dtype
             and last.linears == linears
+            and last.made_of == versions(linears)
             and len(last.adapters) == len(adapters)
             and all(old is new for old, new in zip(last.adapters, adapters, strict=True))
         ):
