@@ -31,6 +31,7 @@ def forked(work: Callable[[], Any]) -> int:
     if child == 0:
         log = os.open(os.devnull, os.O_WRONLY)
         os.dup2(log, 2)
+        torch.set_num_threads(1)  # makes the fork's thread pool, which must not be left to several threads
         work()
         os._exit(0)
     return os.waitpid(child, 0)[1]
