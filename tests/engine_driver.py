@@ -49,8 +49,8 @@ def run_rank(rank: int, processes: int, port: int, arguments: list[str]) -> NoRe
     """What one of torchrun's processes does, its environment included."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # The first call in a fork makes torch's thread pool anew, which autograd's threads must not do at once: those that
-    # find none ended one run of eleven with "Invalid thread pool!" (caffe2/utils/threadpool, `leak_corrupted_threadpool`).
+    # The first call in a fork makes torch's thread pool anew, which autograd's threads must not do at once: one that
+    # finds none ends the run, "Invalid thread pool!" (`leak_corrupted_threadpool` in torch's caffe2/utils/threadpool).
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         PartialState.__init__, AcceleratorState.__init__ = as_on_gpus, not_on_a_cpu
