@@ -130,10 +130,11 @@ class FeedForward(torch.autograd.Function):
             wide, own = widened(gate, last)
             fast(swiglu_into)(own, gate, up)
             out, last_inner = project(wide, last, skip=skip_last)
-            out = flat if skip_last else flat + out
+            # A sum of the input's own shape: of a view of one, FSDP2 warns that in-place work would lose its hooks.
+            out = flat.view(x.shape) if skip_last else x + out.view(x.shape)
         ctx.gain, ctx.first, ctx.last = gain, first, last
         ctx.save_for_backward(x, last_inner, *((None, None) if recompute else (gate_up, inner)))
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
