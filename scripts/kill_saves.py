@@ -180,6 +180,7 @@ def main() -> int:
     from mage_tune.environment import environment
     from mage_tune.evals.store import write_whole
 
+    measured = environment()  # of the code that was imported; the checkout may move on
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
         work = Path(folder) / "work"
         server.bind(f"{folder}/forks")
@@ -203,7 +204,7 @@ def main() -> int:
         + (f" --points {options.points}" if options.points else ""),
         "run": shlex.join(["mage-tune", *train_command("OUT", options.steps)]).replace(f"{ROOT}/", ""),
         "ckpt_chaos": chaos,
-        "environment": environment(),
+        "environment": measured,
         "verdicts": verdicts,
         "points": rows,
     }
