@@ -41,17 +41,11 @@ def check_log_mass(
     name: str,
     tensor: Tensor,
     shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> None:
-    """Raises ValueError unless `tensor` is contiguous, of that shape and of one of `dtypes`."""
+    """Raises ValueError unless `tensor` is contiguous float32 of that shape."""
     check_shape(op, name, tensor, shape)
-    if tensor.dtype not in dtypes or not tensor.is_contiguous():
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{op}: {name} must be contiguous {wanted}, got {tensor.dtype}, strides {tensor.stride()}")
-
-
-MASS_DTYPES = (torch.float32, torch.float16)
-"""Of a tile's log mass; float16, whose rounding shifts a mass by up to 1 %, is an experiment."""
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
 
 
 def check_block(op: str, query: Tensor, block: int | None) -> None:

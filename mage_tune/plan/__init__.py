@@ -28,7 +28,7 @@ __all__ = ["USABLE", "Plan", "Probed", "as_json", "longest_length", "plan", "pro
 USABLE = 0.93
 """Share of a card's memory a plan may fill; the rest is for CUDA's context and fragmentation."""
 ENGINES = ("ddp", "fsdp2", "zero3")
-"""Whose memory was measured; that of ZeRO-2 is about DDP's."""
+"""Whose memory was measured."""
 KNOWN = {
     "ddp": "how close: measured with 7B on 2 and 4 H100s, memory was met within 1 % and time within 6 %",
     "fsdp2": "how close: measured with 7B on 2 H100s, memory was met within 1 %; what gathering weights takes is "
@@ -143,8 +143,7 @@ def _launch(recipe: Recipe, engine: str, gpus: int) -> Launch:
         ValueError: unknown, or refused by the trainer, or never measured.
     """
     if engine not in ENGINES:
-        hint = "; it needs about what ddp does" if engine == "zero2" else ""
-        raise ValueError(f"--engine {engine}: not predicted; predicted are {', '.join(ENGINES)}{hint}")
+        raise ValueError(f"--engine {engine}: not predicted; predicted are {', '.join(ENGINES)}")
     if gpus > 1 and engine == "zero3" and recipe.train.kernels == "fused":
         raise ValueError(
             "--engine zero3: refuses fused layers; add --set train.kernels=plain --set "

@@ -16,7 +16,6 @@ from torch import Tensor
 from mage_kernels.choice import choose, tensor_core_limit
 from mage_kernels.exact_attention import reference
 from mage_kernels.layout import (
-    MASS_DTYPES,
     by_token,
     check_block,
     check_counts,
@@ -77,8 +76,7 @@ def exact_attention(
             neither.
         own_from: rows before it see the prefix alone, and no masses of tiles or prefix are kept of them.
         tile: keys per tile (16, 32, 64 or 128; 64 and 128 are fast) to return `tile_log_mass`; None to leave it out.
-        masses: memory for `tile_log_mass` (float32, or float16 at a loss: `layout.MASS_DTYPES`) and `prefix_log_mass`
-            (float32), contiguous; new by default.
+        masses: memory for `tile_log_mass` and `prefix_log_mass`, float32, contiguous; new by default.
         block: positions of a block, to get `out` token by token.
         impl: see the package's docstring.
 
@@ -122,5 +120,5 @@ def _check_masses(
         raise ValueError(f"{op}: masses are kept of tiles: say of how many keys")
     batch, heads, rows = query.shape[:-1]
     tiles = (batch, heads, -(-key.shape[-2] // tile), rows - own_from)
-    check_log_mass(op, "masses[0]", masses[0], tiles, MASS_DTYPES)
+    check_log_mass(op, "masses[0]", masses[0], tiles)
     check_log_mass(op, "masses[1]", masses[1], (batch, heads, rows - own_from))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mage_kernels.choice import choose, tensor_core_limit
 from mage_kernels.key_scores import reference
-from mage_kernels.layout import MASS_DTYPES, check_counts, check_log_mass, check_rows, with_layers
+from mage_kernels.layout import check_counts, check_log_mass, check_rows, with_layers
 
 
 def mean_probability(
@@ -57,7 +57,7 @@ def tile_mass(tile_log_mass: Tensor, log_mass: Tensor, lengths: Tensor, tile: in
     """Mean attention probability of every tile of the prefix.
 
     Args:
-        tile_log_mass: ([layers,] batch, KV heads, T, R) float32 (or float16: `layout.MASS_DTYPES`), contiguous, from
+        tile_log_mass: ([layers,] batch, KV heads, T, R) float32, contiguous, from
             `exact_attention(..., tile=tile)`; all layers together are one launch.
         log_mass: ([layers,] batch, KV heads, R) float32, `Attended.prefix_log_mass`.
         lengths: (batch,) int32 valid keys, on the device.
@@ -69,7 +69,7 @@ def tile_mass(tile_log_mass: Tensor, log_mass: Tensor, lengths: Tensor, tile: in
     op = "tile_mass"
     if tile_log_mass.dim() not in (4, 5):
         raise ValueError(f"{op}: tile_log_mass has shape {tuple(tile_log_mass.shape)}, expected ([layers,] b, h, T, R)")
-    check_log_mass(op, "tile_log_mass", tile_log_mass, tuple(tile_log_mass.shape), MASS_DTYPES)
+    check_log_mass(op, "tile_log_mass", tile_log_mass, tuple(tile_log_mass.shape))
     check_log_mass(op, "log_mass", log_mass, (*tile_log_mass.shape[:-2], tile_log_mass.shape[-1]))
     check_counts(op, "lengths", lengths, (tile_log_mass.shape[-4],))
     if not choose(op, impl, tile_log_mass, log_mass, lengths):

@@ -81,7 +81,7 @@ def probability_kernel(
 
 @triton.jit
 def mass_kernel(
-    tile_log_mass,  # [layers * batch * heads, T, R], float32 or float16
+    tile_log_mass,  # [layers * batch * heads, T, R]
     log_mass,
     lengths,
     mass,  # [layers * batch * heads, T]
@@ -104,7 +104,7 @@ def mass_kernel(
         b_all = tl.load(log_mass + i_row * num_rows + o_r, mask=m_r, other=0.0)
         p_tile = tile_log_mass + (i_row * num_tiles + o_t[:, None]) * num_rows + o_r[None, :]
         b_tile = tl.load(p_tile, mask=m_t[:, None] & m_r[None, :], other=float("-inf"))  # [BLOCK_T, BLOCK_R]
-        b_mass += tl.sum(tl.exp2((b_tile.to(tl.float32) - b_all[None, :]) * LOG2_E), 1)
+        b_mass += tl.sum(tl.exp2((b_tile - b_all[None, :]) * LOG2_E), 1)
     tl.store(mass + i_row * num_tiles + o_t, tl.where(m_t, b_mass / num_rows, 0.0), mask=o_t < num_tiles)
 
 

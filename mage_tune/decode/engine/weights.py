@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mage_tune.backbone import causal_lm
+from mage_tune.families import PUBLISHED
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """transformers classes whose forward pass the engine knows."""
@@ -70,40 +71,25 @@ class Shape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
-QWEN_1_5B = Shape(
-    name="1.5B",
-    num_layers=28,
-    num_heads=12,
-    num_kv_heads=2,
-    head_dim=128,
-    hidden=1536,
-    intermediate=8960,
-    vocab=151936,
-    is_tied=True,
-    has_qkv_bias=True,
-)
-QWEN_7B = Shape(
-    name="7B",
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    hidden=3584,
-    intermediate=18944,
-    vocab=152064,
-    has_qkv_bias=True,
-)
-SDAR_8B = Shape(
-    name="SDAR-8B",
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    hidden=4096,
-    intermediate=12288,
-    vocab=151936,
-    has_qk_norm=True,
-)
+def _published(name: str) -> Shape:
+    """The shape of a model in `families.published`."""
+    sizes = PUBLISHED[name].sizes
+    return Shape(
+        name=name.upper(),
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
+        vocab=sizes["vocab_size"],
+        is_tied=sizes["tie_embeddings"],
+        has_qkv_bias=sizes["architecture"] == "qwen2",
+        has_qk_norm=sizes["architecture"] == "qwen3",
+    )
+
+
+QWEN_1_5B, QWEN_7B, SDAR_8B = map(_published, ("1.5b", "7b", "sdar-8b"))
 SHAPES = {shape.name: shape for shape in (QWEN_1_5B, QWEN_7B, SDAR_8B)}
 """Published models (families.md); timings need nothing but their shapes."""
 
