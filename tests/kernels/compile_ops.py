@@ -104,11 +104,10 @@ def compile_attention(heads: int, kv_heads: int, dim: int, batch: int, dtype: to
     exact_attention(query, key, key, lengths, scale, block=BLOCK, **given)
     both = torch.cat([query, query], dim=2)  # a finished block and the next one
     heads_of = (batch, kv_heads)
-    for kept in (torch.float32, torch.float16):
-        tiles = torch.zeros(*heads_of, CONTEXT // 64, rows, dtype=kept)
-        masses = {"tile": 64, "masses": (tiles, torch.zeros(*heads_of, rows))}
-        exact_attention(both, key, key, lengths, scale, own_key=own, own_value=own, own_from=rows, **masses, **given)
-        tile_mass(tiles, masses["masses"][1], lengths, 64, **given)
+    tiles = torch.zeros(*heads_of, CONTEXT // 64, rows)
+    masses = {"tile": 64, "masses": (tiles, torch.zeros(*heads_of, rows))}
+    exact_attention(both, key, key, lengths, scale, own_key=own, own_value=own, own_from=rows, **masses, **given)
+    tile_mass(tiles, masses["masses"][1], lengths, 64, **given)
     mean_probability(query, key, out.log_mass, lengths, scale, **given)
     mean_logit(query, key, lengths, scale, **given)
     for length in (CONTEXT, 131072):
