@@ -1,16 +1,18 @@
 """Time the kernels against their peers on one GPU, at the shapes of real models; write results/attention_h100.json.
 
     python scripts/bench_kernels.py --seconds 240 --out results/attention_h100.json
+    python scripts/bench_kernels.py --kernels mage mage+scores --out results/scores_h100.json
 
 One layer's exact attention of a block of 32 over a long prefix (what an exact step does once per layer), and what MAGE
 adds once per block or once per sparse step. "mage+scores" is the exact pass that keeps every row's log masses of tiles
 in memory of its own, as the engine has it for all layers; what it keeps is averaged over the rows by one launch for all
 layers, which "select_keys" includes. Until bd13d5e a launch per layer was part of "mage+scores": cost has moved from
-there to "select_keys". Every kernel is checked against float64 before it is timed; one that cannot
-run is named with its reason. Times are medians of CUDA-graph replays of several calls over different inputs, so that
-neither launches nor the L2 cache flatter anyone (FlashInfer is timed without a graph too). The most important rows come
-first, and measuring stops when the seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s, whichever
-takes longer (docs/performance.md).
+there to "select_keys". Every kernel is checked against float64 before it is timed; one that cannot run is named with
+its reason. Times are medians of CUDA-graph replays of several calls over different inputs, so that neither launches nor
+the L2 cache flatter anyone (FlashInfer is timed without a graph too). Kernels of a corner are timed in turn, round
+after round: whoever came first would else have the card before it reaches its power limit. The most important rows come
+first, and measuring stops when the seconds are over. Floors: bytes at 3.0 TB/s or arithmetic at 790 TFLOP/s,
+whichever takes longer (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -49,7 +52,7 @@ from mage_tune.environment import environment  # noqa: E402
 
 BYTES_PER_MS, FLOPS_PER_MS = 3.0e9, 790e9
 BLOCK, BUDGET, PAGE, VOCABULARY = 32, 512, 16, 152064
-WARM_UP_SECONDS, REPEATS = 0.05, 20
+WARM_UP_SECONDS, REPEATS, ROUNDS = 0.02, 8, 5
 Call = Callable[[], Any]
 
 
@@ -218,8 +221,8 @@ def captured(calls: list[Call]) -> Iterator[torch.cuda.CUDAGraph]:
     graph.reset()
 
 
-def median_ms(work: Callable[[], object]) -> float:
-    """Median milliseconds of `work`, after a warm-up: the first kernel of a case may otherwise find low clocks."""
+def some_ms(work: Callable[[], object]) -> list[float]:
+    """Milliseconds of `work`, REPEATS times; after a warm-up, as the first kernel may find low clocks."""
     started = time.monotonic()
     while time.monotonic() - started < WARM_UP_SECONDS:
         work()
@@ -232,34 +235,53 @@ def median_ms(work: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return times
 
 
-def launched_ms(calls: list[Call]) -> float:
-    """Milliseconds of one call, launched each time: launches show."""
-    return median_ms(lambda: [call() for call in calls]) / len(calls)
+def in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of each, over ROUNDS in which every one has its turn."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            times[name] += some_ms(work)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def graph_ms(calls: list[Call]) -> float:
-    """Milliseconds of one call when a graph of all of them is replayed."""
+    """Median milliseconds of one call when a graph of all of them is replayed."""
     with captured(calls) as graph:
-        return median_ms(graph.replay) / len(calls)
+        return in_turn({"": graph.replay})[""] / len(calls)
 
 
-def measure_attention(shape: Shape, context: int, batch: int) -> Iterator[Row]:
-    """Every kernel on one case, on the same inputs."""
+def measure_attention(shape: Shape, context: int, batch: int, kernels: Sequence[str]) -> Iterator[Row]:
+    """The kernels on one corner, on the same inputs; those launched without a graph show their launches."""
     first = Inputs(shape, context, batch, 0)
     copies = max(1, min(8, int(2.0e8 // first.nbytes()) + 1))  # together larger than the L2 cache
     sets = [first, *(Inputs(shape, context, batch, seed) for seed in range(1, copies))]
+    works: dict[str, Callable[[], object]] = {}
+    failed: dict[str, str] = {}
+    with ExitStack() as held:
+        for name in kernels:
+            try:
+                calls = [KERNELS[name](inputs) for inputs in sets]
+                check(calls[0](), first)
+                if name.endswith("no graph"):
+                    works[name] = lambda calls=calls: [call() for call in calls]
+                else:
+                    works[name] = held.enter_context(captured(calls)).replay
+            except (
+                AssertionError,
+                ImportError,
+                RuntimeError,
+                ValueError,
+                TypeError,
+            ) as error:  # peers fail in many ways
+                failed[name] = f"{type(error).__name__}: {error}"[:200]
+        measured = in_turn(works)
     facts = (shape.name, shape.query_heads, shape.kv_heads, shape.head_dim, context, batch)
-    for name, make in KERNELS.items():
-        try:
-            calls = [make(inputs) for inputs in sets]
-            check(calls[0](), first)
-            measured = launched_ms(calls) if name.endswith("no graph") else graph_ms(calls)
-            yield Row(*facts, name, round(measured, 5), round(first.floor_ms(), 5))
-        except (AssertionError, ImportError, RuntimeError, ValueError, TypeError) as error:  # peers fail in many ways
-            yield Row(*facts, name, None, round(first.floor_ms(), 5), f"{type(error).__name__}: {error}"[:200])
+    for name in kernels:
+        ms = round(measured[name] / len(sets), 5) if name in measured else None
+        yield Row(*facts, name, ms, round(first.floor_ms(), 5), failed.get(name))
 
 
 class Block:
@@ -391,15 +413,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="stop starting new cases after this many seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention_h100.json")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="exact attention alone, by these; all by default")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
     started = time.monotonic()
     shapes = [SHAPES[name] for name in args.shapes]
     cases: list[Callable[[], Iterator[Row]]] = []
+    kernels: list[str] = args.kernels or list(KERNELS)
     for context, batch in CASES:
-        cases += [lambda s=s, c=context, b=batch: measure_attention(s, c, b) for s in shapes]
-        if (context, batch) == (131072, 1):
+        cases += [lambda s=s, c=context, b=batch: measure_attention(s, c, b, kernels) for s in shapes]
+        if (context, batch) == (131072, 1) and args.kernels is None:
             cases += [lambda s=s: measure_operations(s, 131072) for s in shapes if s.name != "SDAR-8B"]
     rows: list[Row] = []
     facts = environment()

@@ -272,6 +272,7 @@ def speed(seconds: Sequence[float], tokens: int, model_tflop: float, gpus: int =
     return {
         "step_s": step_s,
         "steps_timed": len(seconds),
+        "steps_s": [round(each, 4) for each in seconds],
         "fastest_s": min(seconds),
         "slowest_s": max(seconds),
         "tokens_per_s": tokens / step_s,

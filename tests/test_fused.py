@@ -13,7 +13,16 @@ import mage_tune.run as run_module
 from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
 from mage_tune.fused import fuse, layers, product
-from mage_tune.fused.elementwise import rms_norm, rms_norm_backward, rotated, swiglu, swiglu_backward
+from mage_tune.fused.elementwise import (
+    Rotate,
+    add_norm_into,
+    rms_norm,
+    rms_norm_backward,
+    rotated,
+    swiglu,
+    swiglu_backward_into,
+)
+from mage_tune.fused.passes import beside_each_other
 from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
 from mage_tune.run import enable_checkpointing
@@ -204,8 +213,33 @@ def test_elementwise_gradients_are_derivatives():
     normed = rms_norm(x, weight, 1e-6, torch.float64)
     torch.testing.assert_close(rms_norm_backward(grad, x, weight, 1e-6, up), (expected + up, normed))
     of_gate, of_up = torch.autograd.grad(swiglu(gate, up), (gate, up), grad)
-    beside = torch.cat([of_gate, of_up], dim=-1)
-    torch.testing.assert_close(swiglu_backward(grad, gate, up), (swiglu(gate, up), beside))
+    found = torch.empty(2, *x.shape, dtype=x.dtype)
+    product = swiglu_backward_into(*found, *(part.detach() for part in (grad, gate, up)))
+    torch.testing.assert_close((product, *found), (swiglu(gate, up), of_gate, of_up))
+    total = add_norm_into(found[0], x.detach(), up.detach(), weight, 1e-6)
+    torch.testing.assert_close((total, found[0]), (x + up, rms_norm(x + up, weight, 1e-6, torch.float64)))
+
+
+@pytest.mark.parametrize("heads", [(3, 1, 1), (2, 2, 2)])
+def test_gradients_of_rotated_heads_lie_side_by_side(heads):
+    """So that the product before them, whose outputs they are of, need not copy them together."""
+    batch, n, size = 2, 5, 8
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(batch, h, n, size, generator=generator, dtype=torch.float64) for h in heads]
+    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in inputs]
+    angle = torch.randn(1, 1, n, size // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 1, 2)
+    rotary = angle.cos(), angle.sin()
+    query, key, value = (x.requires_grad_() for x in inputs)
+    expected = torch.autograd.grad((*rotated(query, key, *rotary), value.clone()), inputs, grads)
+    found = torch.autograd.grad(Rotate.apply(query, key, value, *rotary), inputs, grads)
+    torch.testing.assert_close(found, expected)
+    joined = beside_each_other(found)
+    assert joined.data_ptr() == found[0].data_ptr()
+    copied = beside_each_other([x.clone() for x in found])
+    assert torch.equal(joined, copied) and copied.data_ptr() != joined.data_ptr()
+    for others in ([found[1], found[0], found[2]], [found[0], found[1].clone(), found[2]], found[:2]):
+        expected_rows = torch.cat([x.transpose(1, 2).flatten(2) for x in others], dim=2).flatten(0, 1)
+        assert torch.equal(beside_each_other(others), expected_rows)
 
 
 def test_rotation_is_transformers_own():

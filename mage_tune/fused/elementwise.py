@@ -27,7 +27,9 @@ def fast(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if not tensors[0].is_cuda:
             return function(*args)
-        return _compiled(function, tuple(x.stride(-2) for x in tensors if x.dim() > 1))(*args)
+        strides = tuple(x.stride(-2) for x in tensors if x.dim() > 1)
+        # (Detached, as torch.compile would compile anew for a first layer, whose input has no gradient.)
+        return _compiled(function, strides)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
 
     return call
 
@@ -42,6 +44,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """`rms_norm`, written to `out`."""
     out.copy_(rms_norm(x, weight, eps, out.dtype))
+
+
+def add_norm_into(out: Tensor, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x + added; its `rms_norm` is written to `out`."""
+    total = x + added
+    rms_norm_into(out, total, weight, eps)
+    return total
+
+
+def copy_into(out: Tensor, x: Tensor) -> None:
+    """`x`, written to `out`: torch's own copy between different strides moves one number at a time."""
+    out.copy_(x)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,13 +78,14 @@ def swiglu_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
     out.copy_(swiglu(gate, up))
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The product once more, and the gradients of gate and up beside each other."""
+def swiglu_backward_into(of_gate: Tensor, of_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The product once more; gradients are written to `of_gate` and `of_up`, where a `cat` would be a second kernel."""
     wide, flowing = _wide(gate), _wide(grad)
     sigmoid = torch.sigmoid(wide)
     silu = wide * sigmoid
-    of_gate = flowing * _wide(up) * (sigmoid + silu * (1 - sigmoid))
-    return silu.to(gate.dtype) * up, torch.cat([of_gate.to(gate.dtype), (flowing * silu).to(up.dtype)], dim=-1)
+    of_gate.copy_(flowing * _wide(up) * (sigmoid + silu * (1 - sigmoid)))
+    of_up.copy_(flowing * silu)
+    return silu.to(gate.dtype) * up
 
 
 def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +104,10 @@ def rotated_apart(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: T
     return *rotated(query, key, cos, sin), value.clone()
 
 
-def turned_back(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `rotated`."""
-    return rotated(query, key, cos, -sin)
+def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(batch, n, all heads, D) gradients of `rotated_apart`'s inputs, side by side, from those of its outputs."""
+    grads = *rotated(query, key, cos, -sin), value
+    return torch.cat([grad.transpose(1, 2) for grad in grads], dim=2)
 
 
 class Rotate(torch.autograd.Function):
@@ -110,9 +126,10 @@ class Rotate(torch.autograd.Function):
     def backward(
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients, turned back."""
-        cos, sin = ctx.saved_tensors
-        return *fast(turned_back)(grad_query, grad_key, cos, sin), grad_value, None, None
+        """Gradients, turned back; side by side in one tensor, as the product before them wants its own."""
+        grads = grad_query, grad_key, grad_value
+        joined = fast(turned_back)(*grads, *ctx.saved_tensors)
+        return *joined.transpose(1, 2).split([grad.shape[1] for grad in grads], dim=1), None, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -148,5 +148,5 @@ def layer_forward(
     query, key, value = Rotate.apply(query, key, value, *(x[:, None] for x in rotary))
     out = attend(attention.layer_idx, query, key, value, attention.scaling)
     (attended,) = normed_linears(out, None, linears.out)
-    hidden = hidden + attended
-    return feed_forward(hidden, layer.post_attention_layernorm, linears.gate_up, linears.down, recompute_mlp, skip_last)
+    norm = layer.post_attention_layernorm
+    return feed_forward(hidden, attended, norm, linears.gate_up, linears.down, recompute_mlp, skip_last)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mage_tune.fused.elementwise import (
+    add_norm_into,
+    copy_into,
     fast,
     rms_norm_backward,
     rms_norm_into,
-    swiglu_backward,
+    swiglu_backward_into,
     swiglu_into,
 )
 from mage_tune.fused.product import (
@@ -48,18 +50,25 @@ def normed_linears(x: Tensor, norm: Any, linears: Linears, head_dim: int | None 
 
 
 def feed_forward(
-    x: Tensor, norm: Any, first: Linears, last: Linears, recompute: bool = False, skip_last: bool = False
+    x: Tensor,
+    attended: Tensor,
+    norm: Any,
+    first: Linears,
+    last: Linears,
+    recompute: bool = False,
+    skip_last: bool = False,
 ) -> Tensor:
-    """x + SwiGLU of the normalised x, with adapters: (..., hidden) -> (..., hidden); flags as in `layer_forward`.
+    """s + SwiGLU of the normalised s, with adapters, for s = x + attended; flags as in `layer_forward`.
 
     Args:
+        x, attended: (..., hidden): the residual, and what attention adds to it.
         first: gate and up.
         last: down.
     """
     dtype = computing_dtype(x)
     one, two = first.product(dtype), last.product(dtype)
     gain = (norm.weight, norm.variance_epsilon)
-    return FeedForward.apply(x, gain, one, two, recompute, skip_last, *one.adapters, *two.adapters)
+    return FeedForward.apply(x, attended, gain, one, two, recompute, skip_last, *one.adapters, *two.adapters)
 
 
 class NormedLinears(torch.autograd.Function):
@@ -74,7 +83,7 @@ class NormedLinears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wide, own = widened(rows, product)
             if gain is None:
-                own.unflatten(0, rows.shape[:2]).unflatten(-1, rows.shape[2:]).copy_(rows)
+                fast(copy_into)(own.unflatten(0, rows.shape[:2]).unflatten(-1, rows.shape[2:]), rows)
             else:
                 fast(rms_norm_into)(own, x.flatten(0, 1), *gain)
             out, inner = project(wide, product)
@@ -109,12 +118,13 @@ class NormedLinears(torch.autograd.Function):
 
 
 class FeedForward(torch.autograd.Function):
-    """See `feed_forward`. Kept: input before its norm, inner vectors, and gate and up unless they are recomputed."""
+    """See `feed_forward`. Kept: the sum before its norm, inner vectors, and gate and up unless they are recomputed."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        attended: Tensor,
         gain: Gain,
         first: Product,
         last: Product,
@@ -123,48 +133,49 @@ class FeedForward(torch.autograd.Function):
         *adapters: Tensor,
     ) -> Tensor:
         """The output."""
-        flat = x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            gate_up, inner = _gate_and_up(flat, gain, first)
+            wide, own = widened(x.flatten(0, -2), first)
+            total = fast(add_norm_into)(own, x.flatten(0, -2), attended.flatten(0, -2), *gain).view(x.shape)
+            gate_up, inner = project(wide, first)
             gate, up = gate_up.chunk(2, dim=1)
             wide, own = widened(gate, last)
             fast(swiglu_into)(own, gate, up)
             out, last_inner = project(wide, last, skip=skip_last)
             # A sum of the input's own shape: of a view of one, FSDP2 warns that in-place work would lose its hooks.
-            out = flat.view(x.shape) if skip_last else x + out.view(x.shape)
+            out = total if skip_last else total + out.view(x.shape)
         ctx.gain, ctx.first, ctx.last = gain, first, last
-        ctx.save_for_backward(x, last_inner, *((None, None) if recompute else (gate_up, inner)))
+        ctx.dtypes = x.dtype, attended.dtype
+        ctx.save_for_backward(total, last_inner, *((None, None) if recompute else (gate_up, inner)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Gradients of the input and of every A and B."""
-        x, last_inner, gate_up, inner = ctx.saved_tensors
-        first, last, flat = ctx.first, ctx.last, x.flatten(0, -2)
-        with torch.autocast(x.device.type, enabled=False):
+        """Gradients of both inputs and of every A and B."""
+        total, last_inner, gate_up, inner = ctx.saved_tensors
+        first, last, flat = ctx.first, ctx.last, total.flatten(0, -2)
+        with torch.autocast(total.device.type, enabled=False):
             if gate_up is None:
-                gate_up, inner = _gate_and_up(flat, ctx.gain, first)
+                wide, own = widened(flat, first)
+                fast(rms_norm_into)(own, flat, *ctx.gain)
+                gate_up, inner = project(wide, first)
             residual = grad.reshape(flat.shape)
             grad_out = residual.to(last.dtype)
             grad_product, inner_grad = project_backward(grad_out, last)
             inner_grad = inner_grad.contiguous()  # the rest of that memory is given back before the next product
-            product, grad_gate_up = fast(swiglu_backward)(grad_product, *gate_up.chunk(2, dim=1))
+            grad_gate_up = torch.empty_like(gate_up)
+            product = fast(swiglu_backward_into)(*grad_gate_up.chunk(2, 1), grad_product, *gate_up.chunk(2, 1))
             del grad_product, gate_up
             grad_last = last.gradients(grad_out, inner_grad, product, last_inner)
             del product
             grad_normed, inner_grad = project_backward(grad_gate_up, first)
             grad_in, normed = fast(rms_norm_backward)(grad_normed, flat, *ctx.gain, residual)
             grad_first = first.gradients(grad_gate_up, inner_grad, normed, inner)
-        grad_x = grad_in.view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, None, None, *grad_first, *grad_last
-
-
-def _gate_and_up(x: Tensor, gain: Gain, first: Product) -> tuple[Tensor, Tensor]:
-    """Gate and up beside each other, and their adapters' inner vectors."""
-    wide, own = widened(x, first)
-    fast(rms_norm_into)(own, x, *gain)
-    return project(wide, first)
+        grads = [
+            grad_in.view(total.shape).to(dtype) if needed else None
+            for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return *grads, None, None, None, None, None, *grad_first, *grad_last
 
 
 def by_position(x: Tensor) -> Tensor:
@@ -173,6 +184,14 @@ def by_position(x: Tensor) -> Tensor:
 
 
 def beside_each_other(grads: Sequence[Tensor]) -> Tensor:
-    """(batch * n, out) of the gradients of `normed_linears`' outputs."""
-    grad = torch.cat([by_position(x) for x in grads], dim=2) if len(grads) > 1 else by_position(grads[0])
-    return grad.reshape(grad.shape[0] * grad.shape[1], -1)
+    """(batch * n, out) of the gradients of `normed_linears`' outputs; a copy unless one tensor holds them so."""
+    parts = [by_position(x) for x in grads]
+    batch, n = parts[0].shape[:2]
+    width = sum(part[0, 0].numel() for part in parts)
+    at = parts[0].data_ptr()
+    for part in parts:
+        is_there = part.data_ptr() == at and part.stride()[:2] == (n * width, width) and part[0, 0].is_contiguous()
+        if not is_there or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
+            return torch.cat([part.flatten(2) for part in parts], dim=2).flatten(0, 1)
+        at += part[0, 0].numel() * part.element_size()
+    return parts[0].as_strided((batch * n, width), (width, 1))
