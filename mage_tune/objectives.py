@@ -126,12 +126,19 @@ def _compiled(term: Term) -> Term:
     return torch.compile(term)
 
 
+def _is_compiled_for(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _fast(term: Term) -> Term:
     """`term`, compiled on a GPU."""
 
     def call(logits: Tensor, *others: Tensor) -> Tensor:
         with torch.no_grad():
-            return (_compiled(term) if logits.is_cuda else term)(logits, *others)
+            if not _is_compiled_for(logits):
+                return term(logits, *others)
+            # What begins in the middle of a tensor would be compiled for apart.
+            return _compiled(term)(logits, *(other.clone() if other.storage_offset() else other for other in others))
 
     return call
 

@@ -48,6 +48,7 @@ from mage_kernels.select_keys import select_keys  # noqa: E402
 from mage_kernels.small_attention import small_attention  # noqa: E402
 from mage_kernels.testing import check_error, eager_attention  # noqa: E402
 from mage_kernels.top_k import top_k  # noqa: E402
+from mage_tune.bench.clock import sm_mhz  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
 
 BYTES_PER_MS, FLOPS_PER_MS = 3.0e9, 790e9
@@ -90,6 +91,8 @@ class Row:
     ms: float | None
     floor_ms: float
     note: str | None = None
+    sm_mhz: float | None = None
+    """The card's clock after its turns: kernels compare at the same one."""
 
 
 class Inputs:
@@ -238,19 +241,29 @@ def some_ms(work: Callable[[], object]) -> list[float]:
     return times
 
 
-def in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each, over ROUNDS in which every one has its turn."""
+@dataclass
+class Timed:
+    """Medians of one kernel's turns."""
+
+    ms: float
+    sm_mhz: float
+
+
+def in_turn(works: dict[str, Callable[[], object]]) -> dict[str, Timed]:
+    """Of each, over ROUNDS in which every one has its turn."""
     times: dict[str, list[float]] = defaultdict(list)
+    clocks: dict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
         for name, work in works.items():
             times[name] += some_ms(work)
-    return {name: statistics.median(found) for name, found in times.items()}
+            clocks[name].append(sm_mhz() or 0.0)
+    return {name: Timed(statistics.median(times[name]), statistics.median(clocks[name])) for name in works}
 
 
 def graph_ms(calls: list[Call]) -> float:
     """Median milliseconds of one call when a graph of all of them is replayed."""
     with captured(calls) as graph:
-        return in_turn({"": graph.replay})[""] / len(calls)
+        return in_turn({"": graph.replay})[""].ms / len(calls)
 
 
 def measure_attention(shape: Shape, context: int, batch: int, kernels: Sequence[str]) -> Iterator[Row]:
@@ -280,8 +293,11 @@ def measure_attention(shape: Shape, context: int, batch: int, kernels: Sequence[
         measured = in_turn(works)
     facts = (shape.name, shape.query_heads, shape.kv_heads, shape.head_dim, context, batch)
     for name in kernels:
-        ms = round(measured[name] / len(sets), 5) if name in measured else None
-        yield Row(*facts, name, ms, round(first.floor_ms(), 5), failed.get(name))
+        floor = round(first.floor_ms(), 5)
+        if name in failed:
+            yield Row(*facts, name, None, floor, failed[name])
+        else:
+            yield Row(*facts, name, round(measured[name].ms / len(sets), 5), floor, sm_mhz=measured[name].sm_mhz)
 
 
 class Block:
@@ -404,7 +420,8 @@ def measure_operations(shape: Shape, context: int) -> Iterator[Row]:
 def show(row: Row) -> None:
     """One line of the table."""
     figures = f"{row.ms:9.4f} ms  {row.ms / row.floor_ms:6.2f} x floor" if row.ms is not None else row.note
-    print(f"{row.shape:8} {row.context:7} b={row.batch}  {row.kernel:40} {figures}", flush=True)
+    clock = f"  at {row.sm_mhz:.0f} MHz" if row.sm_mhz else ""
+    print(f"{row.shape:8} {row.context:7} b={row.batch}  {row.kernel:40} {figures}{clock}", flush=True)
 
 
 def main() -> None:

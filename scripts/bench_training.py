@@ -53,6 +53,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from mage_tune import streams  # noqa: E402
 from mage_tune.backbone import hidden_states, output_head  # noqa: E402
+from mage_tune.bench.clock import sm_mhz  # noqa: E402
 from mage_tune.blocks import StreamLayout  # noqa: E402
 from mage_tune.data.mixture import build_mixture  # noqa: E402
 from mage_tune.environment import environment  # noqa: E402
@@ -181,21 +182,31 @@ def case_recipe(case: Case, length: int | None, tiny: bool, data: Path) -> Recip
 
 
 class StepTimer(TrainerCallback):
-    """Wall time between the ends of optimizer steps, the device idle at each."""
+    """Wall time of optimizer steps, from an idle device until it is idle again, and what they waited for."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
-        self.ends: list[float] = []
+        self.begun = self.ready = 0.0
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.begun = time.perf_counter()
+
+    def before_reading(self) -> None:
+        """The host has launched the backward pass and has nothing to do but wait for it."""
+        self.ready = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Note the times, and the clock that the device ran at."""
         _synchronize()
-        self.ends.append(time.perf_counter())
+        seconds = time.perf_counter() - self.begun
+        self.steps.append({"s": seconds, "host_s": self.ready - self.begun, "sm_mhz": sm_mhz()})
+        self.begun = time.perf_counter()
 
-    @property
-    def seconds(self) -> list[float]:
-        """Of each step after the warm-up."""
-        return [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)][self.warmup - 1 :]
+    def after_warmup(self, what: str) -> list[Any]:
+        """One of "s", "host_s" (until the device was waited for) and "sm_mhz" of every step that counts."""
+        return [step[what] for step in self.steps[self.warmup :]]
 
 
 def _synchronize() -> None:
@@ -233,6 +244,13 @@ def run(
         recipe, folder / "run", model, backbone, loss_class(recipe.objective), dataset, arguments, console
     )
     trainer.add_callback(timer)
+    read = trainer._read_terms
+
+    def noted() -> None:
+        timer.before_reading()
+        read()
+
+    trainer._read_terms = noted  # type: ignore[method-assign]
     trainer.train()
     return trainer, dataset.__getitem__  # type: ignore[return-value]
 
@@ -291,7 +309,9 @@ def describe(case: Case, recipe: Recipe, trainer: MageTrainer, timer: StepTimer)
         **trained,
         "engine": "one process",
         "gpus": 1 if on_gpu else 0,
-        **speed(timer.seconds, trained["tokens_per_step"], estimate.model_flop() / 1e12),
+        **speed(timer.after_warmup("s"), trained["tokens_per_step"], estimate.model_flop() / 1e12),
+        "host_s": statistics.median(timer.after_warmup("host_s")),
+        "sm_mhz": [clock and round(clock) for clock in timer.after_warmup("sm_mhz")],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "predicted_gib": None if case.baseline else plan(recipe).peak_gib,
         "predicted_s": None if case.baseline else plan(recipe).step_s,

@@ -1,5 +1,6 @@
 """Every term of the loss against a slow transcription in float64, values and gradients."""
 
+import functools
 import math
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mage_tune import objectives
 from mage_tune.objectives import (
     attention_alignment_sum,
     block_mean_queries,
@@ -189,6 +192,22 @@ def test_compiled_losses_equal_those_of_a_cpu(loss):
 
     for ours, expected in zip(found("cuda"), found("cpu"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_losses_are_compiled_for_one_number_of_rows_and_for_any(monkeypatch, loss):
+    """Numbers of rows and of chunks change with every step; a third compilation would come in the middle of a run."""
+    counter = CompileCounter()
+    monkeypatch.setattr(objectives, "_is_compiled_for", lambda x: True)
+    monkeypatch.setattr(objectives, "_compiled", functools.cache(lambda term: torch.compile(term, backend=counter)))
+    head = nn.Linear(HIDDEN, VOCAB, bias=False).requires_grad_(False)
+    for n in (8 + 3, 8 + 5, 7, 8, 2 * 8 + 2, 6):
+        states, teacher, weights = torch.randn(n, HIDDEN), torch.randn(n, HIDDEN), torch.rand(n)
+        if loss == "kl":
+            kl_sum(states, teacher, head, weights, chunk=8)
+        else:
+            cross_entropy_sum(states, head, torch.randint(VOCAB, (n,)), weights, chunk=8)
+    assert counter.frame_count == 2
 
 
 def test_no_rows_are_a_zero_that_can_be_trained_on(head):

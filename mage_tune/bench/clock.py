@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+SPIN_CYCLES = 2_000_000
+"""Of the kernel that measures a clock: about a millisecond."""
+
 
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
     """How long `work` takes, from an idle device until it is idle again."""
@@ -29,3 +32,15 @@ def median_ms(work: Callable[[], object], device: torch.device, *, repeats: int,
     for _ in range(warm_up):
         work()
     return statistics.median(elapsed_ms(work, device) for _ in range(repeats))
+
+
+def sm_mhz() -> float | None:
+    """Clock of the GPU's multiprocessors at the moment; None without a GPU.
+
+    By the time that a kernel takes which only counts cycles. A card that is warm or at its power limit lowers its
+    clock, and two times compare only at the same one.
+    """
+    if not torch.cuda.is_available():
+        return None
+    ms = elapsed_ms(lambda: torch.cuda._sleep(SPIN_CYCLES), torch.device("cuda"))
+    return SPIN_CYCLES / ms / 1e3
