@@ -486,15 +486,14 @@ class Estimate:
     def _fused_traffic(self) -> float:
         """Bytes that one fused layer moves between its products, forward and backward, with nothing recomputed.
 
-        Per token: norms, with the residual's gradient, read and write 14 times the hidden size, residual additions 6;
-        SwiGLU 9 times its own size.
-        Further products that share an input add to its gradient. Rotary positions and the layout of heads take 12
-        passes over queries and keys.
+        Per token: norms, with one of two additions to the residual and with its gradient, read and write 16 times the
+        hidden size, the other addition 3; SwiGLU 9 times its own size. Products add to the gradient of their input.
+        Rotary positions and the layout of heads take 10 passes over queries and keys.
         """
         shape, size = self.shape, self.compute_bytes
         hidden, wide = shape.hidden_size, shape.intermediate_size
-        per_token = size * (9 * wide + 6 * hidden + 12 * (shape.query_size + shape.key_size))
-        return float(self.tokens * (per_token + 20 * self.residual_bytes * hidden))
+        per_token = size * (9 * wide + 6 * hidden + 10 * (shape.query_size + shape.key_size))
+        return float(self.tokens * (per_token + 19 * self.residual_bytes * hidden))
 
     def _adapter_traffic(self) -> float:
         """Bytes that the adapters of one fused layer move, likewise.
