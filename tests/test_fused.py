@@ -152,22 +152,40 @@ def test_rank_stabilised_scaling_and_the_mask_embedding(pair):
     assert any("token_adapter" in name for name in ours)
 
 
+@pytest.fixture
+def gradients_on(tiny_backbone, tiny_adapter, make_examples):
+    """gradients_on(device, lengths) -> those of fused layers."""
+
+    def find(device: str, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+        backbone = tiny_backbone("converted")
+        model = tiny_adapter(backbone, rank=5).to(device)
+        fuse(model)
+        collator = Collator(backbone.family, 0, **StreamLoss(EVERY_KEY).collator_needs())
+        batch = collator(make_examples(*((length, 3) for length in lengths)))
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        return {name: x.cpu() for name, x in gradients(model, batch, EVERY_KEY).items()}
+
+    return find
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
-def test_compiled_kernels_give_the_gradients_of_a_cpu(tiny_backbone, tiny_adapter, make_examples):
+def test_compiled_kernels_give_the_gradients_of_a_cpu(gradients_on):
     """For several numbers of rows, so that kernels for any number are compiled too."""
     for lengths in ((24, 20), (40, 36), (56, 52)):
-        found = []
-        for device in ("cpu", "cuda"):
-            backbone = tiny_backbone("converted")
-            model = tiny_adapter(backbone, rank=5).to(device)
-            fuse(model)
-            batch = Collator(backbone.family, 0, **StreamLoss(EVERY_KEY).collator_needs())(
-                make_examples(*((length, 3) for length in lengths))
-            )
-            batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-            found.append({name: x.cpu() for name, x in gradients(model, batch, EVERY_KEY).items()})
-        assert_equal(*found, 1e-3)
+        assert_equal(gradients_on("cpu", lengths), gradients_on("cuda", lengths), 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_lengths_seen_before_compile_nothing(gradients_on):
+    """Else a run would halt in its middle, for seconds, whenever a length comes back."""
+    seen = ((24, 20), (40, 36), (56, 52))
+    for lengths in seen:
+        gradients_on("cuda", lengths)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in seen:
+            gradients_on("cuda", lengths)
 
 
 def test_offloaded_inputs_of_plain_layers_change_nothing(pair):
