@@ -239,17 +239,24 @@ def test_elementwise_gradients_are_derivatives():
 
 
 @pytest.mark.parametrize("heads", [(3, 1, 1), (2, 2, 2)])
-def test_gradients_of_rotated_heads_lie_side_by_side(heads):
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_gradients_of_rotated_heads_lie_side_by_side(heads, has_norms):
     """So that the product before them, whose outputs they are of, need not copy them together."""
     batch, n, size = 2, 5, 8
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(batch, h, n, size, generator=generator, dtype=torch.float64) for h in heads]
-    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in inputs]
-    angle = torch.randn(1, 1, n, size // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 1, 2)
-    rotary = angle.cos(), angle.sin()
-    query, key, value = (x.requires_grad_() for x in inputs)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = [normal(batch, h, n, size).requires_grad_() for h in heads]
+    grads = [normal(*x.shape) for x in inputs]
+    angle = normal(1, 1, n, size // 2).repeat(1, 1, 1, 2)
+    rotary, gains = (angle.cos(), angle.sin()), (1 + normal(size), 1 + normal(size), 1e-6)
+    query, key, value = inputs
+    if has_norms:
+        query, key = (rms_norm(x, weight, 1e-6, x.dtype) for x, weight in zip((query, key), gains[:2], strict=True))
     expected = torch.autograd.grad((*rotated(query, key, *rotary), value.clone()), inputs, grads)
-    found = torch.autograd.grad(Rotate.apply(query, key, value, *rotary), inputs, grads)
+    found = torch.autograd.grad(Rotate.apply(*inputs, *rotary, gains if has_norms else None), inputs, grads)
     torch.testing.assert_close(found, expected)
     joined = beside_each_other(found)
     assert joined.data_ptr() == found[0].data_ptr()

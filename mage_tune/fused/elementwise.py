@@ -60,11 +60,16 @@ def copy_into(out: Tensor, x: Tensor) -> None:
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of `rms_norm`'s input and of the residual beside it, in the input's dtype; and the norm once more."""
+    of_input, unit = _norm_gradient(grad, x, weight, eps)
+    return (of_input + _wide(residual)).to(x.dtype), (weight * unit.to(x.dtype)).to(grad.dtype)
+
+
+def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradient of `rms_norm`'s input, and the normalised input before its weight; float32 or better."""
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit, flowing = wide * scale, _wide(grad) * _wide(weight)
-    of_input = scale * (flowing - unit * (flowing * unit).mean(-1, keepdim=True)) + _wide(residual)
-    return of_input.to(x.dtype), (weight * unit.to(x.dtype)).to(grad.dtype)
+    return scale * (flowing - unit * (flowing * unit).mean(-1, keepdim=True)), unit
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -106,30 +111,75 @@ def rotated_apart(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: T
 
 def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(batch, n, all heads, D) gradients of `rotated_apart`'s inputs, side by side, from those of its outputs."""
-    grads = *rotated(query, key, cos, -sin), value
+    return _side_by_side(*rotated(query, key, cos, -sin), value)
+
+
+def normed_rotated(
+    query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotated`, of queries and keys whose heads are normalised first, with these weights (D,)."""
+    return rotated(rms_norm(query, of_query, eps, query.dtype), rms_norm(key, of_key, eps, key.dtype), cos, sin)
+
+
+def normed_turned_back(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    of_query: Tensor,
+    of_key: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """As `turned_back`, for `normed_rotated` of these queries and keys."""
+    turned = rotated(grad_query, grad_key, cos, -sin)
+    of_heads = (
+        _norm_gradient(grad, x, weight, eps)[0].to(x.dtype)
+        for grad, x, weight in zip(turned, (query, key), (of_query, of_key), strict=True)
+    )
+    return _side_by_side(*of_heads, grad_value)
+
+
+def _side_by_side(*grads: Tensor) -> Tensor:
     return torch.cat([grad.transpose(1, 2) for grad in grads], dim=2)
 
 
+Gains = tuple[Tensor, Tensor, float]
+"""Weights of the norms of queries' and of keys' heads, and their epsilon."""
+
+
 class Rotate(torch.autograd.Function):
-    """`rotated_apart`; the backward pass turns back, as both halves of `sin` are alike."""
+    """`rotated_apart`, or `normed_rotated` with the values as they are.
+
+    The backward pass turns back, as both halves of `sin` are alike. The product before has q, k and v in one tensor,
+    and so are their gradients made. Head norms keep that tensor, for queries and keys as they were; so the values are
+    left in it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, gains: Gains | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries and keys, and values."""
-        ctx.save_for_backward(cos, sin)
-        return fast(rotated_apart)(query, key, value, cos, sin)
+        ctx.gains = gains
+        if gains is None:
+            ctx.save_for_backward(cos, sin)
+            return fast(rotated_apart)(query, key, value, cos, sin)
+        ctx.save_for_backward(query, key, cos, sin)
+        return *fast(normed_rotated)(query, key, *gains, cos, sin), value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients, turned back; side by side in one tensor, as the product before them wants its own."""
-        grads = grad_query, grad_key, grad_value
-        joined = fast(turned_back)(*grads, *ctx.saved_tensors)
-        return *joined.transpose(1, 2).split([grad.shape[1] for grad in grads], dim=1), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients, turned back."""
+        if ctx.gains is None:
+            joined = fast(turned_back)(*grads, *ctx.saved_tensors)
+        else:
+            query, key, cos, sin = ctx.saved_tensors
+            joined = fast(normed_turned_back)(*grads, query, key, *ctx.gains, cos, sin)
+        return *joined.transpose(1, 2).split([grad.shape[1] for grad in grads], dim=1), None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mage_tune.backbone import Attend, causal_lm
-from mage_tune.fused.elementwise import Rotate
+from mage_tune.fused.elementwise import Gains, Rotate
 from mage_tune.fused.passes import feed_forward, normed_linears
 from mage_tune.fused.product import Linears
 from mage_tune.fused.recompute import recomputed
@@ -121,6 +121,13 @@ def layer_linears(layer: Any, keep: bool = False) -> LayerLinears:
     )
 
 
+def head_gains(attention: Any) -> Gains | None:
+    """Of the norms of queries' and keys' heads, which Qwen3 has."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight.detach(), attention.k_norm.weight.detach(), attention.q_norm.variance_epsilon
+
+
 def layer_forward(
     layer: Any,
     linears: LayerLinears,
@@ -143,9 +150,7 @@ def layer_forward(
     """
     attention = layer.self_attn
     query, key, value, hidden = normed_linears(hidden, layer.input_layernorm, linears.qkv, attention.head_dim)
-    if hasattr(attention, "q_norm"):  # Qwen3
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key, value = Rotate.apply(query, key, value, *(x[:, None] for x in rotary))
+    query, key, value = Rotate.apply(query, key, value, *(x[:, None] for x in rotary), head_gains(attention))
     out = attend(attention.layer_idx, query, key, value, attention.scaling)
     (attended,) = normed_linears(out, None, linears.out)
     norm = layer.post_attention_layernorm

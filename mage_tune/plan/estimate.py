@@ -321,7 +321,8 @@ class Estimate:
     def _fused_bytes(self, *, gate_and_up: bool) -> float:
         shape, size, targets = self.shape, self.compute_bytes, set(self._targets)
         attention = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_heads
-        kept = 2 * self.residual_bytes * shape.hidden_size + attention + self._head_norm_bytes
+        kept = 2 * self.residual_bytes * shape.hidden_size + attention
+        kept += size * (shape.query_size + shape.key_size) * shape.head_norms  # queries and keys before their norms
         kept += 2 * size * shape.intermediate_size * gate_and_up
         kept += size * padded(self._rank) * len(targets if gate_and_up else targets - {"gate_proj", "up_proj"})
         return float(self.tokens * kept)
@@ -488,11 +489,11 @@ class Estimate:
 
         Per token: norms, with one of two additions to the residual and with its gradient, read and write 16 times the
         hidden size, the other addition 3; SwiGLU 9 times its own size. Products add to the gradient of their input.
-        Rotary positions and the layout of heads take 10 passes over queries and keys.
+        Rotary positions and the layout of heads take 10 passes over queries and keys, norms of heads one more.
         """
         shape, size = self.shape, self.compute_bytes
         hidden, wide = shape.hidden_size, shape.intermediate_size
-        per_token = size * (9 * wide + 6 * hidden + 10 * (shape.query_size + shape.key_size))
+        per_token = size * (9 * wide + 6 * hidden + (10 + shape.head_norms) * (shape.query_size + shape.key_size))
         return float(self.tokens * (per_token + 19 * self.residual_bytes * hidden))
 
     def _adapter_traffic(self) -> float:
