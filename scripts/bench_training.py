@@ -75,7 +75,8 @@ from mage_tune.trainer import MageTrainer  # noqa: E402
 
 PEAK_TFLOPS = 989
 SHAPES = {
-    name: PUBLISHED[name.removesuffix("-convert")] for name in ("7b", "1.5b", "smollm2-135m", "smollm2-135m-convert")
+    name: PUBLISHED[name.removesuffix("-convert")]
+    for name in ("7b", "1.5b", "sdar-8b", "sdar-1.7b", "smollm2-135m", "smollm2-135m-convert")
 }
 """Recipe -> the model whose exact shape it runs on."""
 TINY: dict[str, Any] = dict(
@@ -142,6 +143,8 @@ def all_cases() -> list[Case]:
         Case("1.5b-length-128k", "1.5b", long | {"data.length": 131072, "train.offload": True}, steps=1, warmup=1),
         Case("7b-32k-offload", "7b", long | {"data.length": 32768, "train.offload": True}, steps=2, warmup=1),
         Case("7b-qlora", "7b", FUSED | {"model.quantise": "nf4", "train.accumulation": 2}),
+        Case("sdar-8b", "sdar-8b", {"train.accumulation": 2}, profiled=True),
+        Case("sdar-1.7b", "sdar-1.7b", {"train.accumulation": 2}),
     ]  # fmt: skip
     for name in ("1.5b", "7b"):
         cases += [
