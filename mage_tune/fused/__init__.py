@@ -9,8 +9,9 @@ Llama, Qwen2 or Qwen3 with plain LoRA another training pass:
   (q, k, v; gate, up) share the widened one, and lie in one matrix. Small models, whose steps wait for the host, keep
   that matrix, and adapters are written into it once a pass. Ranks are padded with zeros to multiples of 8, which
   products of 16-bit numbers need to be fast;
-- norm, rotary positions and SwiGLU are one kernel each, forward and backward (compiled on a GPU, plain torch else); the
-  gradient of the residual joins that of the norm inside it;
+- norms, rotary positions (with head norms where there are any) and SwiGLU are one kernel each, forward and backward
+  (compiled on a GPU, plain torch else); what attention adds to the residual is added in the norm after it, the
+  gradient of the residual in the gradient of that norm;
 - autograd keeps the residual stream, q, k, v, the attention's output, gate and up; the rest is made again in passing.
   That is about half of what the modules keep, which often lets a GPU do without recomputing products.
 

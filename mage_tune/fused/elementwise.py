@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and rotary positions of a training pass: one kernel each, forward and backward."""
+"""Norms, SwiGLU and rotary positions of a training pass: one kernel each, forward and backward."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Root-mean-square norm of (n, d) in float32 or better, with transformers' rounding before the weight."""
+    """Root-mean-square norm of (..., d) in float32 or better, with transformers' rounding before the weight."""
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * (wide * scale).to(x.dtype)).to(dtype)
