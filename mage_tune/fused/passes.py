@@ -162,7 +162,7 @@ class FeedForward(torch.autograd.Function):
             residual = grad.reshape(flat.shape)
             grad_out = residual.to(last.dtype)
             grad_product, inner_grad = project_backward(grad_out, last)
-            inner_grad = apart(inner_grad)  # the rest of that memory is given back before the next product
+            inner_grad = inner_grad.contiguous()  # the rest of that memory is given back before the next product
             grad_gate_up = torch.empty_like(gate_up)
             product = fast(swiglu_backward_into)(*grad_gate_up.chunk(2, 1), grad_product, *gate_up.chunk(2, 1))
             del grad_product, gate_up
@@ -176,14 +176,6 @@ class FeedForward(torch.autograd.Function):
             for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         return *grads, None, None, None, None, None, *grad_first, *grad_last
-
-
-def apart(x: Tensor) -> Tensor:
-    """A copy in memory of its own."""
-    found = x.new_empty(x.shape)
-    if x.numel():  # (there are no inner vectors without adapters)
-        fast(copy_into)(found, x)
-    return found
 
 
 def by_position(x: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mage_tune.fused.elementwise import copy_into, fast
-
 
 @dataclass(frozen=True)
 class Frozen:
@@ -243,7 +241,7 @@ def project(wide: Tensor, product: Product, skip: bool = False) -> tuple[Tensor,
     """
     if product.places:
         inner = wide[:, : product.size] @ product.firsts().T
-        fast(copy_into)(wide[:, product.size :], inner)
+        wide[:, product.size :] = inner
     else:
         inner = wide.new_empty(len(wide), 0)
     return wide.new_empty(0) if skip else F.linear(wide, product.matrix(), product.bias()), inner
