@@ -18,11 +18,12 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
+from mage_tune.recipe_schema import TERMS
+
 PLAIN_EVERY_S = 10.0
 """Seconds between two lines when the output is not a terminal."""
 SPEED_OVER_S = 600.0
 """Seconds of steps that the bar's ETA is made from. rich's own 30 hold no two steps where one takes longer."""
-TERMS = ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation")
 
 
 class ProgressReporter(TrainerCallback):

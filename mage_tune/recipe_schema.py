@@ -345,10 +345,13 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _some_term_counts(self) -> Self:
-        terms = (self.diffusion, self.query_alignment, self.attention_alignment, self.sparse_distillation)
-        if not any(term.weight for term in terms):
+        if not any(getattr(self, name).weight for name in type(self).model_fields):
             raise _contradiction("diffusion.weight", "every term has weight 0, so nothing would be learnt; raise one")
         return self
+
+
+TERMS = tuple(Objective.model_fields)
+"""Of the loss: the diffusion loss, then the auxiliary ones."""
 
 
 class Train(Section):
@@ -578,8 +581,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _auxiliary_terms_get_gradient(self) -> Self:
-        terms = ("query_alignment", "attention_alignment", "sparse_distillation")
-        active = [name for name in terms if getattr(self.objective, name).weight > 0]
+        active = [name for name in TERMS[1:] if getattr(self.objective, name).weight > 0]
         if active and self.train.checkpointing == "reentrant":
             raise _contradiction(
                 "train.checkpointing",

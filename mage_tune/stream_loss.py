@@ -21,7 +21,7 @@ from mage_tune.objectives import (
     query_alignment_sum,
     undo_rotary,
 )
-from mage_tune.recipe_schema import Objective
+from mage_tune.recipe_schema import TERMS, Objective
 from mage_tune.selection import mean_probability, prefix_visible
 from mage_tune.streams import LayerView, Observer, RowStreams, StreamAttention
 
@@ -31,13 +31,8 @@ class StreamLoss:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        terms = {
-            "diffusion": objective.diffusion.weight,
-            "query_alignment": objective.query_alignment.weight,
-            "attention_alignment": objective.attention_alignment.weight,
-            "sparse_distillation": objective.sparse_distillation.weight,
-        }
-        self.weights = {name: weight for name, weight in terms.items() if weight > 0}
+        weights = {name: getattr(objective, name).weight for name in TERMS}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
 
     def collator_needs(self) -> dict[str, Any]:
         """Which streams the rows must carry (arguments of `Collator`)."""

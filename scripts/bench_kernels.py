@@ -54,6 +54,7 @@ from mage_tune.environment import environment  # noqa: E402
 BYTES_PER_MS, FLOPS_PER_MS = 3.0e9, 790e9
 BLOCK, BUDGET, PAGE, VOCABULARY = 32, 512, 16, 152064
 WARM_UP_SECONDS, REPEATS, ROUNDS = 0.02, 8, 5
+PEERS_FAIL_BY = (AssertionError, ImportError, RuntimeError, ValueError, TypeError)
 Call = Callable[[], Any]
 
 
@@ -256,7 +257,9 @@ def in_turn(works: dict[str, Callable[[], object]]) -> dict[str, Timed]:
     for _ in range(ROUNDS):
         for name, work in works.items():
             times[name] += some_ms(work)
-            clocks[name].append(sm_mhz() or 0.0)
+            clock = sm_mhz()
+            assert clock is not None  # `main` asks for a GPU
+            clocks[name].append(clock)
     return {name: Timed(statistics.median(times[name]), statistics.median(clocks[name])) for name in works}
 
 
@@ -282,13 +285,7 @@ def measure_attention(shape: Shape, context: int, batch: int, kernels: Sequence[
                     works[name] = lambda calls=calls: [call() for call in calls]
                 else:
                     works[name] = held.enter_context(captured(calls)).replay
-            except (
-                AssertionError,
-                ImportError,
-                RuntimeError,
-                ValueError,
-                TypeError,
-            ) as error:  # peers fail in many ways
+            except PEERS_FAIL_BY as error:
                 failed[name] = f"{type(error).__name__}: {error}"[:200]
         measured = in_turn(works)
     facts = (shape.name, shape.query_heads, shape.kv_heads, shape.head_dim, context, batch)

@@ -83,7 +83,6 @@ TINY: dict[str, Any] = dict(
     architecture="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=8, tie_embeddings=True, max_positions=131072,
 )  # fmt: skip
-TERMS = ("diffusion", "query_alignment", "attention_alignment", "sparse_distillation")
 BASELINES = ("dense_sdpa", "block_mask_per_step")
 CHECKPOINTING = ("off", "mlp", "non_reentrant")
 """What ours tries beside a baseline, the fastest first."""
@@ -277,7 +276,7 @@ def what_is_trained(recipe: Recipe, estimate: Estimate) -> dict[str, Any]:
         "streams": estimate.row.total / estimate.row.length,
         "stream_names": estimate.stream_names,
         "tokens_per_step": settings.rows * settings.accumulation * recipe.data.length,
-        "terms": [name for name in TERMS if getattr(recipe.objective, name).weight > 0],
+        "terms": list(StreamLoss(recipe.objective).weights),
         "kl_weight": recipe.objective.sparse_distillation.kl_weight,
         "adapter": f"LoRA rank {recipe.adapter.rank}, {len(estimate._targets)} linear layers",
         "quantised": None if recipe.model.quantise == "none" else recipe.model.quantise,

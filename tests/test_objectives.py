@@ -196,7 +196,10 @@ def test_compiled_losses_equal_those_of_a_cpu(loss):
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
 def test_losses_are_compiled_for_one_number_of_rows_and_for_any(monkeypatch, loss):
-    """Numbers of rows and of chunks change with every step; a third compilation would come in the middle of a run."""
+    """Numbers of rows and of chunks change with every step; a third compilation would come in the middle of a run.
+
+    (Torch compiles for a chunk of one row apart, whatever we do.)
+    """
     counter = CompileCounter()
     monkeypatch.setattr(objectives, "_is_compiled_for", lambda x: True)
     monkeypatch.setattr(objectives, "_compiled", functools.cache(lambda term: torch.compile(term, backend=counter)))

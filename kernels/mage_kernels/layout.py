@@ -36,12 +36,7 @@ def check_counts(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError(f"{op}: {name} must be contiguous int32, got {tensor.dtype} with strides {tensor.stride()}")
 
 
-def check_log_mass(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-) -> None:
+def check_log_mass(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `tensor` is contiguous float32 of that shape."""
     check_shape(op, name, tensor, shape)
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():

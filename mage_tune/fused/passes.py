@@ -173,7 +173,7 @@ class FeedForward(torch.autograd.Function):
             grad_first = first.gradients(grad_gate_up, inner_grad, normed, inner)
         grads = [
             grad_in.view(total.shape).to(dtype) if needed else None
-            for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
+            for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         ]
         return *grads, None, None, None, None, None, *grad_first, *grad_last
 

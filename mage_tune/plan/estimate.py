@@ -31,7 +31,7 @@ its gradient in the same place; with every term (bd13d5e):
 **Several GPUs.** Each holds one row's activations as one GPU does; an engine divides the rest. DDP holds the adapter's
 gradients once more, in the buckets that it adds up. FSDP2 leaves a GPU its share of weights, adapter, gradients and
 optimizer, and holds two layers whole: the one at work and the one gathered ahead. ZeRO-3 does likewise, lets 1e9
-gathered parameters live (DeepSpeed's stage3_max_live_parameters) and has the output head whole (`trainer.HoldHead`).
+gathered parameters live (DeepSpeed's stage3_max_live_parameters) and has the output head whole (`callbacks.HoldHead`).
 Against the fullest GPU of results/engines_h100.json (7B, 1 x 3.25 x 4096; bd13d5e):
 
     ddp, 2 and 4 GPUs, fused                                    60.9, 60.6 GiB   61.0 (+0.1, +0.6 %)
@@ -72,6 +72,7 @@ from mage_tune.fused import KEPT_BYTES, padded
 from mage_tune.launcher import micro_steps_per_process
 from mage_tune.plan.shape import Shape
 from mage_tune.recipe import Recipe
+from mage_tune.recipe_schema import TERMS
 from mage_tune.stream_loss import StreamLoss
 
 GIB = 2**30
@@ -112,7 +113,6 @@ GATHER_RATE = 206e9
 behind the work: what fsdp2-2 of engines_h100.json takes longer than ddp-2, 0.074 s a micro-step."""
 ZERO3_LIVE = 10**9
 """Gathered parameters that DeepSpeed lets live: its stage3_max_live_parameters by default."""
-AUXILIARY = ("query_alignment", "attention_alignment", "sparse_distillation")
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,7 @@ class Estimate:
         """Parts of an optimizer step, in seconds."""
         parts = list(self._device_time(card))
         yield from parts
-        terms = sum(getattr(self.recipe.objective, name).weight > 0 for name in AUXILIARY)
+        terms = sum(getattr(self.recipe.objective, name).weight > 0 for name in TERMS[1:])
         launches = LAUNCH_S * (1 + LAUNCH_PER_TERM * terms) * (4 / 3 if self.is_recomputed else 1)
         host = self.micro_steps * self.shape.num_layers * launches
         device = sum(part.amount for part in parts)
