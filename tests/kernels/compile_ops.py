@@ -4,7 +4,7 @@ The interpreter runs kernels as Python and lets pass what the compiler refuses (
 branch, say). Here launches stop after compilation.
 
     python tests/kernels/compile_ops.py            # all shapes
-    python tests/kernels/compile_ops.py 7B small   # these, as test_compiles_for_hopper.py does
+    python tests/kernels/compile_ops.py 1.5B      # this one, as test_compiles_for_hopper.py does
 """
 
 import re
@@ -45,6 +45,7 @@ SHAPES = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "SDAR-8B": (32, 8, 128), "sm
 
 launched: dict[str, set[str]] = {}
 overlapped: set[str] = set()
+readers: set[str] = set()
 
 
 def compile_instead(run):
@@ -54,21 +55,51 @@ def compile_instead(run):
         kernel = run(self, *args, **{**options, "warmup": True})
         launched.setdefault(self.fn.__name__, set()).add(kernel.hash)
         if options.get("OVERLAP"):
-            check_that_it_only_hints_before_its_wait(kernel.asm["ptx"])
+            check_what_comes_before_its_wait(kernel)
             overlapped.add(self.fn.__name__)
         return kernel
 
     return compiled
 
 
-def check_that_it_only_hints_before_its_wait(ptx: str) -> None:
-    """What `mage_kernels.overlap` promises: no memory is read or written, and no branch goes around the wait."""
-    body = ptx[ptx.index(".entry") :]
+READ_EARLY = {"weight_ptr", "key", "value", "count"}
+"""Pointers of what no kernel of a step writes: weights, and the kept keys in front of the block's own."""
+
+
+def check_what_comes_before_its_wait(kernel) -> None:
+    """What `mage_kernels.overlap` promises: only READ_EARLY is read, nothing is written, no branch avoids the wait."""
+    ptx = kernel.asm["ptx"]
+    body = re.sub(r"//.*", "", ptx[ptx.index(".entry") :])
     before, wait, after = body[body.index("{") :].partition("griddepcontrol.wait")
     assert wait and "griddepcontrol.launch_dependents" in after and "griddepcontrol" not in before
-    before = re.sub(r"cp\.async\.bulk\.prefetch\.L2|ld\.param", "", before)
-    found = re.search(r"\b(ld|st|atom|red|cp|bra|ret|exit)\.?\b.*", before)
+    others = re.sub(r"cp\.async\.bulk\.prefetch\.L2|ld\.param|ld\.global|st\.shared", "", before)
+    found = re.search(r"\b(ld|st|atom|red|cp|bra|ret|exit)\.?\b.*", others)
     assert found is None, f"before its wait: {found and found[0]}"
+    read = pointers_read(kernel, before)
+    assert read <= READ_EARLY, f"read before its wait: {read - READ_EARLY}"
+    if read:
+        readers.add(kernel.src.fn.__name__)
+
+
+def pointers_read(kernel, code: str) -> set[str]:
+    """Names of the pointers whose memory straight-line PTX loads from."""
+    types = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
+    params = [name for name, kind in types.items() for _ in (kind if isinstance(kind, tuple) else [kind])]
+    come_from: dict[str, set[str]] = {}
+    read: set[str] = set()
+    for line in code.splitlines():
+        registers = re.findall(r"%\w+", line)
+        if param := re.search(r"ld\.param\S+\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            come_from[param[1]] = {params[int(param[2])]} if int(param[2]) < len(params) else set()
+        elif "ld.global" in line:
+            address = re.search(r"\[\s*(%\w+)", line)[1]
+            found = {name for name in come_from.get(address, ()) if str(types[name]).startswith("*")}
+            assert found, f"of no known pointer: {line}"
+            read |= found
+        elif registers:
+            target, *sources = [name for name in registers if not line.lstrip().startswith(f"@{name}")]
+            come_from[target] = set().union(*(come_from.get(name, set()) for name in sources))
+    return read
 
 
 def pretend_to_be_an_h100() -> None:
@@ -172,6 +203,7 @@ def main(names: list[str]) -> None:
     for kernel, variants in sorted(launched.items()):
         print(f"compiled {kernel} {len(variants)}")
     print("overlapped", *sorted(overlapped))
+    print("read early", *sorted(readers))
     print("triton", triton.__version__)
 
 

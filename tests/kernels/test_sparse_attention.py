@@ -108,6 +108,7 @@ def test_large_tiles_of_rows_say_the_same(device, monkeypatch):
 
 
 SPLITS = [(16, 16, 4, 2, 2), (16, 16, 4, 2, 5), (32, 32, 4, 2, 3), (64, 64, 4, 2, 9)]
+SPLITS += [(16, 16, 4, 1, 5, True), (32, 64, 4, 1, 2, True)]
 
 
 @pytest.mark.parametrize("plan", SPLITS, ids=str)
@@ -125,14 +126,19 @@ def test_split_keys_say_the_same(device, dtype, monkeypatch, plan, own):
     assert all(map(torch.equal, *found)) and not arrivals.any()
 
 
-@pytest.mark.parametrize(
-    ("heads", "rows", "parts"), [(2, 192, 5), (4, 224, 2), (8, 128, 2), (16, 192, 1), (64, 192, 1)]
-)
-def test_few_heads_are_split(heads, rows, parts):
-    """1.5B, 7B and SDAR-8B at batch 1, as a sweep found best; 1.5B at batch 8 and more fill the GPU without."""
+FEW = [(2, 192, 512, 5), (4, 224, 512, 5), (8, 128, 512, 5), (2, 192, 500, 5), (2, 192, 100, 2)]
+"""Heads, rows and front keys, where every program reads one tile before its wait: 1.5B, 7B, SDAR-8B at batch 1."""
+MORE = [(2, 192, 640, 5), (2, 192, 0, 5), (4, 224, 2048, 2), (8, 128, 1024, 2), (16, 192, 512, 1), (64, 192, 512, 1)]
+"""More keys are walked, in parts as a sweep found best; 1.5B at batch 8 and more fill the GPU without."""
+
+
+@pytest.mark.parametrize(("heads", "rows", "front", "parts"), FEW + MORE)
+def test_few_heads_are_split(heads, rows, front, parts):
     from mage_kernels.small_attention.triton import make_plan
 
-    assert make_plan(heads, rows, 128, True)[:5] == ((64 if heads == 64 else 16), 64, 4, 3, parts)
+    is_tile = (heads, rows, front, parts) in FEW
+    walked = ((64 if heads == 64 else 16), 64, 4, 3, parts, False)
+    assert make_plan(heads, rows, 128, True, front) == ((16, 128, 4, 1, parts, True) if is_tile else walked)
     assert make_plan(heads, rows, 128).parts == 1
 
 

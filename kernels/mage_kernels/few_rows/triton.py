@@ -19,12 +19,14 @@ from torch import Tensor
 from triton.runtime import driver
 
 from mage_kernels.overlap import launch_options
-from mage_kernels.overlap.triton import let_next_start, wait_asking
+from mage_kernels.overlap.triton import let_next_start, wait, wait_asking
 
 FULL_WAVE = 132
 """Multiprocessors of an H100."""
 SHORTEST_PART = 512
 """Inputs that are worth a program."""
+WHOLE_PART = 512
+"""Inputs of a part that a program can hold in shared memory, beside those of x."""
 LONG = 8192
 """Inputs from which parts are long enough for deeper pipelines."""
 ROOMY = 160 * 1024
@@ -42,7 +44,20 @@ class Plan(NamedTuple):
 
 
 @triton.jit
+def wait_with_weights(p_w, start, end, BLOCK_K: tl.constexpr, IS_TILE: tl.constexpr, OVERLAP: tl.constexpr):
+    """`wait`. What can be had of the weight rows at p_w before is: all of a part that IS_TILE, else hints to the L2."""
+    b_w = None
+    if IS_TILE:
+        b_w = tl.load(p_w + (start + tl.arange(0, BLOCK_K))[None, :])
+        wait(OVERLAP)
+    else:
+        wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
+    return b_w
+
+
+@triton.jit
 def product(
+    b_w,  # [BLOCK_N, BLOCK_K], None where the part is no tile
     p_w,
     p_x,
     m_x,
@@ -54,12 +69,16 @@ def product(
     OVERLAP: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_M] sums over inputs start to end of the weight rows at p_w and the rows at p_x."""
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     o_k = tl.arange(0, BLOCK_K)
-    for i_k in range(start, end, BLOCK_K):
-        b_w = tl.load(p_w + (i_k + o_k)[None, :])
-        b_x = tl.load(p_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
-        b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
+    if b_w is not None:
+        b_x = tl.load(p_x + (start + o_k)[:, None], mask=m_x, other=0.0)
+        b_acc = tl.dot(b_w, b_x, input_precision="ieee")
+    else:
+        b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for i_k in range(start, end, BLOCK_K):
+            b_tile = tl.load(p_w + (i_k + o_k)[None, :])
+            b_x = tl.load(p_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
+            b_acc = tl.dot(b_tile, b_x, b_acc, input_precision="ieee")
     let_next_start(OVERLAP)
     return b_acc
 
@@ -114,6 +133,7 @@ def linear_kernel(
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    IS_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,10 +147,10 @@ def linear_kernel(
     m_x = (o_m < num_rows)[None, :]
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
-    wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
+    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(b_w, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     if HAS_BIAS:  # the first part brings it
@@ -156,6 +176,7 @@ def add_linear_kernel(
     K,
     part_size,
     PARTS: tl.constexpr,
+    IS_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,11 +189,12 @@ def add_linear_kernel(
     p_w = weight_ptr + tl.minimum(o_n, N - 1)[:, None].to(tl.int64) * K
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
-    wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
+    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_stream = o_m[None, :] * N + o_n[:, None]
     b_stream = tl.load(stream_ptr + o_stream, mask=m_n & m_x, other=0.0)  # early: it waits for no product
     b_gain = tl.load(gain_ptr + o_n, mask=o_n < N, other=0.0)
-    b_acc = product(p_w, x_ptr + o_m[None, :] * K, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    p_x = x_ptr + o_m[None, :] * K
+    b_acc = product(b_w, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_n, i_part, PARTS)
@@ -217,7 +239,7 @@ def gate_up_kernel(
     wait_asking(p_w, 0, K, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(None, p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     b_gate, b_up = tl.split(tl.permute(tl.reshape(b_acc, [2, HALF, BLOCK_M]), [1, 2, 0]))
@@ -228,11 +250,17 @@ def gate_up_kernel(
 
 
 def make_plan(weight: Tensor, can_split: bool) -> Plan:
-    """How these weights are read; parts and stages are what a sweep on an H100 found (docs/performance.md)."""
+    """How these weights are read; parts and stages are what a sweep on an H100 found (docs/performance.md).
+
+    Where the shared memory of all multiprocessors holds the weights, in tiles that are the parts, every program reads
+    its tile before it waits.
+    """
     outputs, inputs = weight.shape
     if not can_split:
         return Plan()
     tiles = triton.cdiv(outputs, Plan().block_n)
+    if inputs % WHOLE_PART == 0 and 1 < inputs // WHOLE_PART <= FULL_WAVE // tiles:
+        return Plan(block_k=WHOLE_PART, parts=inputs // WHOLE_PART, num_warps=8, num_stages=1)
     parts = max(2, FULL_WAVE // tiles) if tiles <= FULL_WAVE else 1
     stages = 6 if inputs >= LONG and is_roomy(weight.device) else 4
     return Plan(parts=max(1, min(parts, inputs // SHORTEST_PART)), num_stages=stages)
@@ -297,6 +325,7 @@ def linear(
         inputs,
         part_size,
         HAS_BIAS=bias is not None,
+        IS_TILE=part_size == plan.block_k,
         **tiles_of(squares),
         **options(plan, x),
     )
@@ -323,6 +352,7 @@ def add_linear(stream: Tensor, x: Tensor, weight: Tensor, gain: Tensor, arrivals
         inputs,
         part_size,
         PARTS=plan.parts,
+        IS_TILE=part_size == plan.block_k,
         **options(plan, x),
     )
     return values, squares

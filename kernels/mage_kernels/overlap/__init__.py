@@ -2,12 +2,16 @@
 
 Only kernels of `few_rows`, `project_append`, `small_attention` and `gather_attention` are launched so; `OVERLAP` in
 their code says where. Each allows its successor to start after its main loop, when it has loaded nearly all that it
-will: then the successor takes room and bandwidth from nobody. That one asks the L2 for the first tiles of its weights
-(`small_attention`: for the front keys) and waits. Why all of this is safe:
+will: then the successor takes room and bandwidth from nobody. That one reads the weights or front keys of its part, if
+they are one tile, and else asks the L2 for their first tiles; then it waits. Why all of this is safe:
 
-* **Before its wait a kernel only hints.** It reads nothing into a register or shared memory and writes nothing; the
-  compiled code is tested for that (`tests/kernels/test_compiles_for_hopper.py`). What a hint fetches cannot grow stale:
-  it stays in the L2, through which all multiprocessors write. So keys may be asked for that are still being written.
+* **Before its wait a kernel reads weights and front keys alone**, and writes nothing; the compiled code is tested for
+  that (`tests/kernels/compile_ops.py`). No overlapping kernel writes a weight, or a key or value in front of the
+  block's own: `project_append` writes where the block's own lie, and must be given no other slots of what
+  `small_attention` reads next. (What `compact` writes there is complete before any overlapping kernel starts: see
+  "other kernels".)
+* **A hint reads nothing**, and what it fetches cannot grow stale: it stays in the L2, through which all multiprocessors
+  write.
 * **The wait is for everything before.** `griddepcontrol.wait` waits until the kernel before has completed and its
   writes are visible (PTX ISA, griddepcontrol). Every program of ours waits, so the kernel before had ended its own
   wait: by induction all earlier kernels are done. So none reads too early, and none writes what another still reads,

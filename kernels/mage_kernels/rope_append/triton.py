@@ -19,8 +19,8 @@ from mage_kernels.few_rows.triton import (
     split,
     sum_parts,
     tiles_of,
+    wait_with_weights,
 )
-from mage_kernels.overlap.triton import wait_asking
 
 
 @triton.jit
@@ -172,6 +172,7 @@ def project_append_kernel(
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
+    IS_TILE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -191,7 +192,7 @@ def project_append_kernel(
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
     p_w, p_x = weight_ptr + o_n[:, None].to(tl.int64) * K, x_ptr + o_m[None, :] * K
-    wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
+    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_batch, o_place = (o_m // SIZE).to(tl.int64), o_m % SIZE
     b_position = tl.load(positions_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
     b_slot = tl.load(slots_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
@@ -199,7 +200,7 @@ def project_append_kernel(
         b_squares = load_squares(squares_ptr, num_tokens, o_m, TILES, BLOCK_TILES)
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_n)
-    b_acc = product(p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(b_w, p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_tile, i_part, PARTS)
@@ -285,6 +286,7 @@ def project_append(
         D=head_dim,
         HAS_BIAS=bias is not None,
         PARTS=plan.parts,
+        IS_TILE=part_size == plan.block_k,
         **tiles_of(squares),
         **options(plan, x),
     )

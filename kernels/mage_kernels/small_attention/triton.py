@@ -64,27 +64,39 @@ def attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OWN,
+    BLOCK_OWN: tl.constexpr,
     GATHER: tl.constexpr,
     POSITIONS: tl.constexpr,
     PARTS: tl.constexpr,
     SHARE: tl.constexpr,
+    IS_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """BLOCK_M rows of one KV head, and a part of its keys."""
+    """BLOCK_M rows of one KV head, and a part of its keys.
+
+    With IS_TILE, a part is one tile of the front keys, and the last one the block's own. No kernel of a step writes the
+    front keys, so they are read before the wait.
+    """
     i_m, i_bh, i_part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
     p_k = key + i_b * k_batch + i_h * k_head
     p_v = value + i_b * v_batch + i_h * v_head
-    if OVERLAP and not GATHER:  # the programs of a KV head share its keys, and the asking for them
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    if IS_TILE:
+        o_n = i_part * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = (o_n < tl.load(count + i_bh)) & (i_part < PARTS - 1)
+        m_nd = m_n[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + o_n[:, None] * k_row + o_d[None, :], mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(p_v + o_n[:, None] * v_row + o_d[None, :], mask=m_nd, other=0.0)
+    elif OVERLAP and not GATHER:  # the programs of a KV head share its keys, and the asking for them
         o_share = tl.minimum((i_m * PARTS + i_part) * SHARE + tl.arange(0, SHARE), tl.maximum(k - 1, 0))
         BYTES: tl.constexpr = (D * key.dtype.element_ty.primitive_bitwidth + 127) // 128 * 16
         ask(p_k + o_share * k_row, BYTES)
         ask(p_v + o_share * v_row, BYTES)
     wait(OVERLAP)
-    num_keys = tl.load(count + i_bh)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_m, m_d = o_m < num_rows, o_d < D
+    m_m = o_m < num_rows
     m_md = m_m[:, None] & m_d[None, :]
     b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -92,39 +104,45 @@ def attend_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     p_own_k = own_key + i_b * ok_batch + i_h * ok_head
     p_own_v = own_value + i_b * ov_batch + i_h * ov_head
-    total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
-    first, last = 0, total
-    if PARTS > 1:
-        part_size = tl.cdiv(tl.cdiv(total, BLOCK_N), PARTS) * BLOCK_N
-        first = i_part * part_size
-        last = tl.minimum(total, first + part_size)
-    for start in range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n, m_front = o_n < total, o_n < num_keys
-        if GATHER:
-            o_row = tl.load(index + i_bh * k + o_n, mask=m_front, other=0).to(tl.int64)
-            o_own = o_n - num_keys
-            p_key = tl.where(m_front, p_k + o_row * k_row, p_own_k + o_own * ok_row)[:, None] + o_d[None, :]
-            p_value = tl.where(m_front, p_v + o_row * v_row, p_own_v + o_own * ov_row)[:, None] + o_d[None, :]
-        else:  # the block's own lie k slots behind the first
-            o_row = tl.where(m_front, o_n, o_n - num_keys + k)[:, None]
-            p_key = p_k + o_row * k_row + o_d[None, :]
-            p_value = p_v + o_row * v_row + o_d[None, :]
-        m_nd = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_key, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_v = tl.load(p_value, mask=m_nd, other=0.0)
-        b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
+    if IS_TILE:
+        if i_part < PARTS - 1:
+            b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
+        else:
+            o_own = tl.arange(0, BLOCK_OWN)
+            m_own = o_own < OWN
+            m_own_d = m_own[:, None] & m_d[None, :]
+            b_own_k = tl.load(p_own_k + o_own[:, None] * ok_row + o_d[None, :], mask=m_own_d, other=0.0)
+            b_own_v = tl.load(p_own_v + o_own[:, None] * ov_row + o_d[None, :], mask=m_own_d, other=0.0)
+            b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
+    else:
+        num_keys = tl.load(count + i_bh)
+        total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
+        first, last = 0, total
+        if PARTS > 1:
+            part_size = tl.cdiv(tl.cdiv(total, BLOCK_N), PARTS) * BLOCK_N
+            first = i_part * part_size
+            last = tl.minimum(total, first + part_size)
+        for start in range(first, last, BLOCK_N):
+            o_n = start + tl.arange(0, BLOCK_N)
+            m_n, m_front = o_n < total, o_n < num_keys
+            if GATHER:
+                o_row = tl.load(index + i_bh * k + o_n, mask=m_front, other=0).to(tl.int64)
+                o_own = o_n - num_keys
+                p_key = tl.where(m_front, p_k + o_row * k_row, p_own_k + o_own * ok_row)[:, None] + o_d[None, :]
+                p_value = tl.where(m_front, p_v + o_row * v_row, p_own_v + o_own * ov_row)[:, None] + o_d[None, :]
+            else:  # the block's own lie k slots behind the first
+                o_row = tl.where(m_front, o_n, o_n - num_keys + k)[:, None]
+                p_key = p_k + o_row * k_row + o_d[None, :]
+                p_value = p_v + o_row * v_row + o_d[None, :]
+            m_nd = m_n[:, None] & m_d[None, :]
+            b_k = tl.load(p_key, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
+            b_v = tl.load(p_value, mask=m_nd, other=0.0)
+            b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
     let_next_start(OVERLAP)
+    i_tile = i_bh * tl.num_programs(0) + i_m
     is_last = True
     if PARTS > 1:
-        i_tile = i_bh * tl.num_programs(0) + i_m
-        o_part = (i_tile * PARTS + i_part) * BLOCK_M + tl.arange(0, BLOCK_M)
-        p_mass = parts_mass + (i_tile * PARTS + i_part) * 2 * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(parts_out + o_part[:, None] * BLOCK_D + o_d[None, :], b_acc)
-        tl.store(p_mass, b_max)
-        tl.store(p_mass + BLOCK_M, b_sum)
-        tl.debug_barrier()  # all of the part is on its way before any thread says so
-        is_last = tl.atomic_add(arrivals + i_tile, 1, sem="acq_rel") == PARTS - 1
+        is_last = has_all_parts(b_acc, b_max, b_sum, parts_out, parts_mass, arrivals, i_tile, i_part, PARTS)
     if is_last:
         if PARTS > 1:
             tl.store(arrivals + i_tile, 0)  # the next launch counts from 0 again
@@ -133,6 +151,21 @@ def attend_kernel(
         tl.store(log_mass + i_bh * num_rows + o_m, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
         p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_d[None, :]
         tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_md)
+
+
+@triton.jit
+def has_all_parts(b_acc, b_max, b_sum, parts_out, parts_mass, arrivals, i_tile, i_part, PARTS: tl.constexpr):
+    """Leaves the softmax state of a part where the tile's last program finds it; whether this is that program."""
+    BLOCK_M: tl.constexpr = b_acc.shape[0]
+    BLOCK_D: tl.constexpr = b_acc.shape[1]
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    i_all = i_tile * PARTS + i_part
+    p_mass = parts_mass + i_all * 2 * BLOCK_M + o_m
+    tl.store(parts_out + (i_all * BLOCK_M + o_m)[:, None] * BLOCK_D + o_d[None, :], b_acc)
+    tl.store(p_mass, b_max)
+    tl.store(p_mass + BLOCK_M, b_sum)
+    tl.debug_barrier()  # all of the part is on its way before any thread says so
+    return tl.atomic_add(arrivals + i_tile, 1, sem="acq_rel") == PARTS - 1
 
 
 @triton.jit
@@ -171,20 +204,37 @@ class Plan(NamedTuple):
     num_stages: int
     parts: int = 1
     """Programs that share the keys of a row."""
+    is_tile: bool = False
+    """A part is a tile of front keys, and the last one the block's own."""
 
 
-def make_plan(batch_heads: int, num_rows: int, head_dim: int, can_split: bool = False) -> Plan:
-    """Few rows per program, so that few heads still make many programs; more where 16 would not fit in one wave."""
+def make_plan(batch_heads: int, num_rows: int, head_dim: int, can_split: bool = False, front: int = 0) -> Plan:
+    """Few rows per program, so that few heads still make many programs; more where 16 would not fit in one wave.
+
+    `front` keys may be split into tiles that are read before the wait, where all programs find room at a time.
+    """
     stages = 3 if head_dim <= 128 else 2
     programs = batch_heads * triton.cdiv(num_rows, 16)
     if programs > ONE_WAVE and num_rows >= 64:
         return Plan(64, 64, 4, stages)
+    tiles = triton.cdiv(front, TILE)
+    if can_split and 0 < tiles <= MOST_TILES and head_dim <= 128 and programs * (tiles + 1) <= THREE_EACH:
+        return Plan(16, TILE, 4, 1, tiles + 1, is_tile=True)
     parts = min(MOST_PARTS, FULL_WAVE // programs) if can_split else 1
     return Plan(16, 64, 4, stages, max(1, parts))
 
 
+TILE = 128
+"""Front keys that a program reads before its wait."""
+
+MOST_TILES = 4
+"""Merging more than five parts costs more than their programs save; 512 keys are four tiles."""
+
 MOST_PARTS = 5
-"""Each takes some 128 of 544 keys; merging more costs more than their programs save."""
+"""The same, of parts that a program walks."""
+
+THREE_EACH = 396
+"""Programs with a tile that a large GPU runs at a time: their registers leave room for three on a multiprocessor."""
 
 ONE_WAVE = 264
 """Programs of 16 rows that a large GPU runs at a time: two on each of 132 multiprocessors."""
@@ -244,9 +294,11 @@ def launch(
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         OWN=own_key.shape[-2],
+        BLOCK_OWN=max(16, triton.next_power_of_2(own_key.shape[-2])),
         GATHER=index is not None,
         POSITIONS=block,
         PARTS=plan.parts,
+        IS_TILE=plan.is_tile,
         SHARE=triton.next_power_of_2(max(1, triton.cdiv(front, tiles * plan.parts))) if how["OVERLAP"] else 1,
         **how,
         num_warps=plan.num_warps,
@@ -273,7 +325,7 @@ def split_attention(
     """See `mage_kernels.small_attention.small_attention`; split where there is something to count arrivals with."""
     batch, heads, num_rows, head_dim = query.shape
     front = key.shape[-2] - own
-    plan = make_plan(batch * heads, num_rows, head_dim, arrivals is not None)
+    plan = make_plan(batch * heads, num_rows, head_dim, arrivals is not None, front)
     own_key, own_value = key[:, :, front:], value[:, :, front:]
     return launch(plan, query, key, value, own_key, own_value, None, count, scale, block, arrivals)
 
