@@ -14,15 +14,17 @@ from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
 from mage_tune.fused import fuse, layers, product
 from mage_tune.fused.elementwise import (
-    Rotate,
     add_norm_into,
+    normed_rotated,
+    normed_turned_back_into,
     rms_norm,
     rms_norm_backward,
     rotated,
+    rotated_apart,
     swiglu,
     swiglu_backward_into,
+    turned_back_into,
 )
-from mage_tune.fused.passes import beside_each_other
 from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
 from mage_tune.run import enable_checkpointing
@@ -240,9 +242,9 @@ def test_elementwise_gradients_are_derivatives():
 
 @pytest.mark.parametrize("heads", [(3, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("has_norms", [False, True])
-def test_gradients_of_rotated_heads_lie_side_by_side(heads, has_norms):
-    """So that the product before them, whose outputs they are of, need not copy them together."""
-    batch, n, size = 2, 5, 8
+def test_gradients_of_rotated_heads_are_written_side_by_side(heads, has_norms):
+    """Into columns of a wider matrix, as the product before them reads them."""
+    batch, n, size, room = 2, 5, 8, 16
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -252,19 +254,18 @@ def test_gradients_of_rotated_heads_lie_side_by_side(heads, has_norms):
     grads = [normal(*x.shape) for x in inputs]
     angle = normal(1, 1, n, size // 2).repeat(1, 1, 1, 2)
     rotary, gains = (angle.cos(), angle.sin()), (1 + normal(size), 1 + normal(size), 1e-6)
-    query, key, value = inputs
+    wide = torch.full((batch * n, sum(heads) * size + room), torch.nan, dtype=torch.float64)
+    joined = wide[:, :-room].view(batch, n, -1, size)
     if has_norms:
-        query, key = (rms_norm(x, weight, 1e-6, x.dtype) for x, weight in zip((query, key), gains[:2], strict=True))
-    expected = torch.autograd.grad((*rotated(query, key, *rotary), value.clone()), inputs, grads)
-    found = torch.autograd.grad(Rotate.apply(*inputs, *rotary, gains if has_norms else None), inputs, grads)
-    torch.testing.assert_close(found, expected)
-    joined = beside_each_other(found)
-    assert joined.data_ptr() == found[0].data_ptr()
-    copied = beside_each_other([x.clone() for x in found])
-    assert torch.equal(joined, copied) and copied.data_ptr() != joined.data_ptr()
-    for others in ([found[1], found[0], found[2]], [found[0], found[1].clone(), found[2]], found[:2]):
-        expected_rows = torch.cat([x.transpose(1, 2).flatten(2) for x in others], dim=2).flatten(0, 1)
-        assert torch.equal(beside_each_other(others), expected_rows)
+        out = *normed_rotated(*inputs[:2], *gains, *rotary), inputs[2].clone()
+        parts, unturned = joined.transpose(1, 2).split(heads, dim=1), [x.detach() for x in inputs[:2]]
+        normed_turned_back_into(*parts, *grads, *unturned, *gains, *rotary)
+    else:
+        out = rotated_apart(*inputs, *rotary)
+        turned_back_into(joined, *grads, *rotary)
+    expected = torch.cat([x.transpose(1, 2) for x in torch.autograd.grad(out, inputs, grads)], dim=2)
+    torch.testing.assert_close(joined, expected)
+    assert wide[:, -room:].isnan().all()
 
 
 def test_rotation_is_transformers_own():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,16 @@ def versions(linears: Sequence[Frozen]) -> list[tuple[int, int]]:
     return [(id(linear.base.weight), linear.base.weight._version) for linear in linears]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Matrices of a product that outlive a pass; `firsts` are rows of `stacked` where there is one."""
+
+    matrix: Tensor
+    firsts: Tensor
+    stacked: Tensor | None
+    bias: Tensor | None
+
+
 class Product:
     """Linear layers that read one input, side by side: one product makes all of their outputs.
 
@@ -91,11 +101,20 @@ class Product:
         linears: the layers.
         adapters: A and B of those that have an adapter, in order.
         dtype: of computation.
-        is_kept: the matrix is made once; `refresh` writes adapters into it. Else it is made whenever it is asked for.
+        is_kept: matrices are made once; `refresh` writes adapters into them. Else they are made whenever they are asked
+            for.
+        is_stacked: the gradient of the input is one product, with [W; A]; see `gradient_of_input`.
     """
 
-    def __init__(self, linears: Sequence[Frozen], adapters: Sequence[Tensor], dtype: torch.dtype, is_kept: bool):
-        self.linears, self.adapters, self.dtype = linears, adapters, dtype
+    def __init__(
+        self,
+        linears: Sequence[Frozen],
+        adapters: Sequence[Tensor],
+        dtype: torch.dtype,
+        is_kept: bool = False,
+        is_stacked: bool = False,
+    ) -> None:
+        self.linears, self.adapters, self.dtype, self.is_stacked = linears, adapters, dtype, is_stacked
         self.size = linears[0].base.in_features
         self.outs = [linear.base.out_features for linear in linears]
         self.places: list[Place] = []
@@ -107,39 +126,55 @@ class Product:
                 self.places.append(Place(a, b, linear.scaling, slice(row, row + out), slice(at, at + len(a))))
                 at += padded(len(a))
             row += out
-        self.inner = at
+        self.out, self.inner = row, at
         self.made_of = versions(linears)
-        self._kept: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._kept: Kept | None = None
         if is_kept:
-            self._kept = self._empty_firsts(), self._frozen_matrix(), self._joined_bias()
-            firsts, matrix, _ = self._kept
-            self._of_a, self._of_b = self._views(firsts, matrix)
-
-    def refresh(self) -> None:
-        """Bring what is kept up to date with the adapters."""
-        if self._kept is not None and self.places:
-            self._write_firsts(self._of_a)
-            self._write_seconds(self._of_b)
+            stacked = self._frozen_stacked() if is_stacked else None
+            firsts = self._empty_firsts() if stacked is None else stacked[self.out :]
+            self._kept = Kept(self._frozen_matrix(), firsts, stacked, self._joined_bias())
+            self.of_a, self.of_b = self._places_of_a(firsts), self._places_of_b(self._kept.matrix[:, self.size :])
 
     def firsts(self) -> Tensor:
         """(inner, in): every A; rows up to the padded ranks are zeros."""
         if self._kept is not None:
-            return self._kept[0]
+            return self._kept.firsts
         found = self._empty_firsts()
-        self._write_firsts([found[place.inner] for place in self.places])
+        write_firsts(self._places_of_a(found), self.places)
+        return found
+
+    def seconds(self) -> Tensor:
+        """(out, inner): every s B, the last columns of `matrix`."""
+        if self._kept is not None:
+            return self._kept.matrix[:, self.size :]
+        found = self.linears[0].base.weight.new_zeros(self.out, self.inner, dtype=self.dtype)
+        write_seconds(self._places_of_b(found), self.places)
         return found
 
     def matrix(self) -> Tensor:
         """(out, in + inner); see the class."""
         if self._kept is not None:
-            return self._kept[1]
+            return self._kept.matrix
         found = self._frozen_matrix()
-        self._write_seconds(self._views(found, found)[1])
+        write_seconds(self._places_of_b(found[:, self.size :]), self.places)
+        return found
+
+    def stacked(self) -> Tensor:
+        """(out + inner, in): every W, then `firsts`."""
+        if self._kept is not None and self._kept.stacked is not None:
+            return self._kept.stacked
+        found = self._frozen_stacked()
+        write_firsts(self._places_of_a(found[self.out :]), self.places)
         return found
 
     def bias(self) -> Tensor | None:
         """(out,) or None."""
-        return self._joined_bias() if self._kept is None else self._kept[2]
+        return self._joined_bias() if self._kept is None else self._kept.bias
+
+    @property
+    def is_kept(self) -> bool:
+        """See the class."""
+        return self._kept is not None
 
     def gradients(self, grad: Tensor, inner_grad: Tensor, x: Tensor, inner: Tensor) -> list[Tensor]:
         """Gradients of every A and B, in order, in their own dtype.
@@ -161,11 +196,20 @@ class Product:
         return self.linears[0].base.weight.new_zeros(self.inner, self.size, dtype=self.dtype)
 
     def _frozen_matrix(self) -> Tensor:
-        found = self.linears[0].base.weight.new_empty(sum(self.outs), self.size + self.inner, dtype=self.dtype)
+        found = self.linears[0].base.weight.new_empty(self.out, self.size + self.inner, dtype=self.dtype)
         found[:, self.size :] = 0
-        for linear, part in zip(self.linears, found[:, : self.size].split(self.outs), strict=True):
-            part.copy_(linear.weight(self.dtype))
+        self._write_frozen(found[:, : self.size])
         return found
+
+    def _frozen_stacked(self) -> Tensor:
+        found = self.linears[0].base.weight.new_empty(self.out + self.inner, self.size, dtype=self.dtype)
+        found[self.out :] = 0
+        self._write_frozen(found[: self.out])
+        return found
+
+    def _write_frozen(self, out: Tensor) -> None:
+        for linear, part in zip(self.linears, out.split(self.outs), strict=True):
+            part.copy_(linear.weight(self.dtype))
 
     def _joined_bias(self) -> Tensor | None:
         found = [linear.bias(self.dtype) for linear in self.linears]
@@ -175,18 +219,32 @@ class Product:
         sizes = zip(found, self.outs, strict=True)
         return torch.cat([like.new_zeros(out) if bias is None else bias for bias, out in sizes])
 
-    def _views(self, firsts: Tensor, matrix: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Where every A lies in the one, and every B in the other."""
-        seconds = matrix[:, self.size :]
-        return [firsts[p.inner] for p in self.places], [seconds[p.rows, p.inner] for p in self.places]
+    def _places_of_a(self, firsts: Tensor) -> list[Tensor]:
+        return [firsts[place.inner] for place in self.places]
 
-    def _write_firsts(self, views: list[Tensor]) -> None:
-        if views:
-            torch._foreach_copy_(views, [place.a for place in self.places])
+    def _places_of_b(self, seconds: Tensor) -> list[Tensor]:
+        return [seconds[place.rows, place.inner] for place in self.places]
 
-    def _write_seconds(self, views: list[Tensor]) -> None:
-        for view, place in zip(views, self.places, strict=True):
-            torch.mul(place.b, place.scaling, out=view)
+
+def write_firsts(views: Sequence[Tensor], places: Sequence[Place]) -> None:
+    """Every A to where it belongs."""
+    if views:
+        torch._foreach_copy_(views, [place.a for place in places])
+
+
+def write_seconds(views: Sequence[Tensor], places: Sequence[Place]) -> None:
+    """Every s B to where it belongs."""
+    if views:
+        scaled = torch._foreach_mul([place.b for place in places], [place.scaling for place in places])
+        torch._foreach_copy_(views, scaled)
+
+
+def refresh(products: Iterable[Product]) -> None:
+    """Bring what products keep up to date with their adapters: by few calls, as the host is what small models wait for."""
+    kept = [product for product in products if product.is_kept]
+    places = [place for product in kept for place in product.places]
+    write_firsts([view for product in kept for view in product.of_a], places)
+    write_seconds([view for product in kept for view in product.of_b], places)
 
 
 class Linears:
@@ -194,17 +252,17 @@ class Linears:
 
     Args:
         modules: linear layers.
-        keep: hold the product's matrix while adapters are on: as many bytes again as the frozen weights, and no work
-            for them in a pass.
+        keep: hold the product's matrices while adapters are on: as many bytes again as the frozen weights, twice as
+            many where `stack` is on, and no work for them in a pass.
+        stack: see `is_stacked` of `Product`.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], keep: bool = False) -> None:
-        self.modules, self.keep = modules, keep
+    def __init__(self, modules: Sequence[nn.Module], keep: bool = False, stack: bool = False) -> None:
+        self.modules, self.keep, self.stack = modules, keep, stack
         self._last: Product | None = None
 
-    @torch.no_grad()
     def product(self, dtype: torch.dtype) -> Product:
-        """With the values that the adapters have now."""
+        """Of these modules with their adapters; what it keeps may lag behind them until `refresh`."""
         found = [opened(module) for module in self.modules]
         linears, adapters = [linear for linear, _ in found], [tensor for _, pair in found for tensor in pair]
         last = self._last
@@ -215,10 +273,9 @@ class Linears:
             and len(last.adapters) == len(adapters)
             and all(old is new for old, new in zip(last.adapters, adapters, strict=True))
         ):
-            last = Product(linears, adapters, dtype, self.keep and bool(adapters))
-            if self.keep and adapters:
+            last = Product(linears, adapters, dtype, self.keep and bool(adapters), self.stack)
+            if last.is_kept:
                 self._last = last
-        last.refresh()
         return last
 
 
@@ -247,8 +304,30 @@ def project(wide: Tensor, product: Product, skip: bool = False) -> tuple[Tensor,
     return wide.new_empty(0) if skip else F.linear(wide, product.matrix(), product.bias()), inner
 
 
-def project_backward(grad: Tensor, product: Product) -> tuple[Tensor, Tensor]:
-    """(n, in), (n, inner) gradients of the input of `project`, by all ways, and of the inner vectors."""
-    wide = torch.mm(grad, product.matrix())
-    own, inner = wide[:, : product.size], wide[:, product.size :]
+def room_for_gradient(like: Tensor, rows: int, product: Product) -> tuple[Tensor, Tensor]:
+    """Room for the gradient that `gradient_of_input` reads, and its first `out` columns, where that belongs."""
+    wide = like.new_empty(rows, product.out + product.inner * product.is_stacked, dtype=product.dtype)
+    return wide, wide[:, : product.out]
+
+
+def gradient_of_input(wide: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+    """Gradients of what `project` read.
+
+    Two ways to the same: with [W, s B], after which A adds the part of the inner vectors, in a pass over memory; or,
+    where the product is stacked, those first, beside the gradient of the outputs, and then one product with [W; A].
+    The latter pays where outputs are fewer than inputs or not many more (docs/training.md).
+
+    Args:
+        wide: (n, out), gradient of the outputs; where the product is stacked (n, out + inner), with room beside it.
+
+    Returns:
+        (n, in), (n, inner) gradients of the input, by all ways, and of the inner vectors.
+    """
+    if product.is_stacked:
+        inner = wide[:, product.out :]
+        if product.places:
+            torch.mm(wide[:, : product.out], product.seconds(), out=inner)
+        return torch.mm(wide, product.stacked()), inner
+    both = torch.mm(wide, product.matrix())
+    own, inner = both[:, : product.size], both[:, product.size :]
     return own.addmm_(inner, product.firsts()) if product.places else own, inner
