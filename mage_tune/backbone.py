@@ -359,7 +359,7 @@ def _without_waits(model: PeftModel) -> PeftModel:
 
 def _merged_weights(self: TrainableTokensLayer, active_adapters: list[str]) -> Tensor:
     """PEFT's method of this name: the weight, with the rows of trained tokens in place."""
-    weight = self.base_layer.weight
+    weight: Any = self.base_layer.weight
     for name in active_adapters:
         numbers = _numbers(tuple(self.token_indices[name]), weight.device)
         weight = weight.index_copy(0, numbers, self.trainable_tokens_delta[name].to(weight))

@@ -121,6 +121,53 @@ def test_kept_products_follow_weights_and_adapters(tiny_backbone, tiny_adapter):
     assert not torch.allclose(found[0], found[1], rtol=0.1)
 
 
+@pytest.mark.parametrize("changed", ["lora_A", "lora_B", "base_layer"])
+def test_kept_products_follow_steps_of_an_optimizer(tiny_backbone, tiny_adapter, changed):
+    """In the backward pass too, whose matrices are others: gradients after a step are those of plain layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids, row, found = torch.randint(6, 60, (1, 64), generator=generator), RowStreams(32, 4, noisy=1), []
+    weight = torch.randn(1, 64, 32, generator=generator).double()
+    for change in (None, fuse):
+        model = tiny_adapter(tiny_backbone("converted", num_layers=2)).double()
+        if change is not None:
+            change(model)
+        for is_last in (False, True):
+            model.zero_grad()
+            out = hidden_states(model.train(), ids, torch.arange(64)[None], StreamAttention(row).attend)
+            (out * weight).sum().backward()
+            with torch.no_grad():
+                for name, p in model.named_parameters() if not is_last else ():
+                    if changed in name:
+                        p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).double()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_equal(*found, 1e-5)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("has_adapters", [[True, False, True], [False, False, False]])
+def test_both_ways_to_the_gradient_of_an_input_are_one(is_kept, has_adapters):
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    found = []
+    for is_stacked in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        linears, adapters = [], []
+        for has_adapter in has_adapters:
+            linear = torch.nn.Linear(16, 24).requires_grad_(False).double()
+            linear.weight.copy_(normal(24, 16))
+            linears.append(product.Frozen(linear, 0.5, has_adapter))
+            adapters += [normal(5, 16), normal(24, 5)] if has_adapter else []
+        made = product.Product(linears, adapters, torch.float64, is_kept, is_stacked)
+        product.refresh([made])
+        wide, grad = product.room_for_gradient(linears[0].base.weight, 7, made)
+        grad.copy_(normal(7, 72))
+        found.append(product.gradient_of_input(wide, made))
+    torch.testing.assert_close(found[1], found[0])
+    x, inner = found[0]
+    assert x.shape == (7, 16) and inner.shape == (7, 8 * sum(has_adapters))
+
+
 @pytest.mark.parametrize("rank", [1, 5, 8, 36])
 @pytest.mark.parametrize("recompute", ["nothing", "layer"])
 def test_ranks_that_are_no_multiples_of_eight(pair, rank, recompute):
@@ -188,6 +235,24 @@ def test_lengths_seen_before_compile_nothing(gradients_on):
     with torch.compiler.set_stance("fail_on_recompile"):
         for lengths in seen:
             gradients_on("cuda", lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_nothing_in_a_pass_waits_for_the_device(tiny_backbone, tiny_adapter, make_examples):
+    """The host would launch the next kernel only when the device has run out of them."""
+    backbone = tiny_backbone("converted", tie_embeddings=True)
+    model = tiny_adapter(backbone, rank=5, train_mask_embedding=True).to("cuda")
+    fuse(model)
+    batch = Collator(backbone.family, 0)(make_examples((128, 3), (120, 0)))
+    batch = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in batch.items()}
+    objective = Objective.model_validate({"diffusion": {"weight": 1.0}})
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            gradients(model, batch, objective)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_offloaded_inputs_of_plain_layers_change_nothing(pair):

@@ -108,9 +108,7 @@ def rotated_apart(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: T
     return *rotated(query, key, cos, sin), value.clone()
 
 
-def turned_back_into(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
-) -> None:
+def turned_back_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Gradients of `rotated_apart`'s inputs, from those of its outputs, written to `out`, (batch, n, all heads, D)."""
     grads = *rotated(query, key, cos, -sin), value  # turned back, as both halves of `sin` are alike
     out.copy_(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))

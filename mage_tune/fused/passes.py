@@ -165,7 +165,9 @@ class AfterAttention(torch.autograd.Function):
             # A sum of the input's own shape: of a view of one, FSDP2 warns that in-place work would lose its hooks.
             out = total if skip_last else total + out.view(x.shape)
         ctx.gain, ctx.products, ctx.dtype = gain, products, x.dtype
-        ctx.save_for_backward(attended, total, out_inner, last_inner, *((None, None) if recompute else (gate_up, inner)))
+        ctx.save_for_backward(
+            attended, total, out_inner, last_inner, *((None, None) if recompute else (gate_up, inner))
+        )
         return out
 
     @staticmethod

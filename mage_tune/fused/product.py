@@ -226,13 +226,13 @@ class Product:
         return [seconds[place.rows, place.inner] for place in self.places]
 
 
-def write_firsts(views: Sequence[Tensor], places: Sequence[Place]) -> None:
+def write_firsts(views: list[Tensor], places: Sequence[Place]) -> None:
     """Every A to where it belongs."""
     if views:
         torch._foreach_copy_(views, [place.a for place in places])
 
 
-def write_seconds(views: Sequence[Tensor], places: Sequence[Place]) -> None:
+def write_seconds(views: list[Tensor], places: Sequence[Place]) -> None:
     """Every s B to where it belongs."""
     if views:
         scaled = torch._foreach_mul([place.b for place in places], [place.scaling for place in places])
@@ -240,7 +240,7 @@ def write_seconds(views: Sequence[Tensor], places: Sequence[Place]) -> None:
 
 
 def refresh(products: Iterable[Product]) -> None:
-    """Bring what products keep up to date with their adapters: by few calls, as the host is what small models wait for."""
+    """Bring what products keep up to date with their adapters, by few calls: small models wait for the host."""
     kept = [product for product in products if product.is_kept]
     places = [place for product in kept for place in product.places]
     write_firsts([view for product in kept for view in product.of_a], places)
@@ -315,7 +315,8 @@ def gradient_of_input(wide: Tensor, product: Product) -> tuple[Tensor, Tensor]:
 
     Two ways to the same: with [W, s B], after which A adds the part of the inner vectors, in a pass over memory; or,
     where the product is stacked, those first, beside the gradient of the outputs, and then one product with [W; A].
-    The latter pays where outputs are fewer than inputs or not many more (docs/training.md).
+    The latter pays for q, k, v and for down (for SmolLM2 on an H100 0.59 and 0.61 of the time, for 7B 0.94 and 0.86),
+    not where outputs are many, or as many as inputs.
 
     Args:
         wide: (n, out), gradient of the outputs; where the product is stacked (n, out + inner), with room beside it.
