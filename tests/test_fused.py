@@ -143,6 +143,17 @@ def test_kept_products_follow_steps_of_an_optimizer(tiny_backbone, tiny_adapter,
     assert_equal(*found, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "width"), [(24, 40), (24, 8), (23, 8), (24, 3), (24, 0)])
+def test_rows_are_copied_bit_by_bit(dtype, size, width):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, width, generator=generator).to(dtype)
+    x[::2] = torch.nan
+    wide = torch.zeros(6, size + width, dtype=dtype)
+    product.copy_rows(wide[:, size:], x)
+    assert torch.equal(wide[:, size:].nan_to_num(7.0), x.nan_to_num(7.0)) and not wide[:, :size].any()
+
+
 @pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("has_adapters", [[True, False, True], [False, False, False]])
 def test_both_ways_to_the_gradient_of_an_input_are_one(is_kept, has_adapters):

@@ -286,6 +286,22 @@ def widened(x: Tensor, product: Product) -> tuple[Tensor, Tensor]:
     return wide, wide[:, : product.size]
 
 
+WIDEST = torch.complex128
+"""The dtype of most bytes."""
+
+
+def copy_rows(out: Tensor, x: Tensor) -> None:
+    """`x`, written to `out`, of the same (n, width) and dtype, whose rows may lie apart.
+
+    Between different strides torch copies a number at a time: where rows are whole 16 bytes, they are copied as numbers
+    of so many.
+    """
+    begins = out.stride(0) | out.storage_offset() | x.stride(0) | x.storage_offset() | x.shape[1]
+    if begins * x.element_size() % WIDEST.itemsize == 0:  # of the sizes joined bit by bit, and so of each
+        out, x = out.view(WIDEST), x.view(WIDEST)
+    out.copy_(x)
+
+
 def project(wide: Tensor, product: Product, skip: bool = False) -> tuple[Tensor, Tensor]:
     """The product, without gradient.
 
@@ -298,7 +314,7 @@ def project(wide: Tensor, product: Product, skip: bool = False) -> tuple[Tensor,
     """
     if product.places:
         inner = wide[:, : product.size] @ product.firsts().T
-        wide[:, product.size :] = inner
+        copy_rows(wide[:, product.size :], inner)
     else:
         inner = wide.new_empty(len(wide), 0)
     return wide.new_empty(0) if skip else F.linear(wide, product.matrix(), product.bias()), inner
