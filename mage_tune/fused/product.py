@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -40,13 +41,16 @@ def opened(module: nn.Module) -> tuple[Frozen, list[Tensor]]:
     """A linear layer, and the A (rank, in) and B (out, rank) of its adapter where one is active."""
     if not isinstance(module, LoraLayer):
         return Frozen(module, 0.0, False), []
-    if module.disable_adapters or module.merged or not module.active_adapters:
-        return Frozen(module.get_base_layer(), 0.0, False), []
-    (name,) = module.active_adapters
-    if name not in module.lora_A:
-        return Frozen(module.get_base_layer(), 0.0, False), []
-    pair: list[Any] = [module.lora_A[name].weight, module.lora_B[name].weight]
-    return Frozen(module.get_base_layer(), module.scaling[name], True), pair
+    base: Any = module.base_layer
+    base = module.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+    names, of_a = module.active_adapters, module.lora_A
+    if module.disable_adapters or module.merged or not names:
+        return Frozen(base, 0.0, False), []
+    (name,) = names
+    if name not in of_a:
+        return Frozen(base, 0.0, False), []
+    pair: list[Any] = [of_a[name].weight, module.lora_B[name].weight]
+    return Frozen(base, module.scaling[name], True), pair
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -75,7 +79,8 @@ class Place:
 
 def versions(linears: Sequence[Frozen]) -> list[tuple[int, int]]:
     """What changes when a weight is another tensor, or has been written to."""
-    return [(id(linear.base.weight), linear.base.weight._version) for linear in linears]
+    weights = [linear.base.weight for linear in linears]
+    return [(id(weight), weight._version) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -185,12 +190,12 @@ class Product:
         """
         if not self.places:
             return []
-        of_firsts = (inner_grad.T @ x).to(self.adapters[0].dtype)  # (inner, in)
-        of_seconds = (grad.T @ inner).to(self.adapters[0].dtype)  # (out, inner), where blocks alone are of use
-        found: list[Tensor] = []
-        for place in self.places:
-            found += [of_firsts[place.inner], of_seconds[place.rows, place.inner] * place.scaling]
-        return found
+        dtype = self.adapters[0].dtype
+        of_firsts = multiplied(inner_grad.T, x, dtype)  # (inner, in)
+        of_seconds = multiplied(grad.T, inner, dtype)  # (out, inner), where blocks alone are of use
+        scaled = torch._foreach_mul(self._places_of_b(of_seconds), [place.scaling for place in self.places])
+        pairs = zip(self._places_of_a(of_firsts), scaled, strict=True)
+        return [gradient for pair in pairs for gradient in pair]
 
     def _empty_firsts(self) -> Tensor:
         return self.linears[0].base.weight.new_zeros(self.inner, self.size, dtype=self.dtype)
@@ -277,6 +282,13 @@ class Linears:
             if last.is_kept:
                 self._last = last
         return last
+
+
+def multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of matrices, in `dtype`, which on a GPU the sums of a 16-bit product have anyway."""
+    if a.is_cuda and dtype == torch.float32 and a.element_size() == 2:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def widened(x: Tensor, product: Product) -> tuple[Tensor, Tensor]:
