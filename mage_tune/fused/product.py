@@ -308,7 +308,7 @@ def copy_rows(out: Tensor, x: Tensor) -> None:
     Between different strides torch copies a number at a time: where rows are whole 16 bytes, they are copied as numbers
     of so many.
     """
-    begins = out.stride(0) | out.storage_offset() | x.stride(0) | x.storage_offset() | x.shape[1]
+    begins = out.stride(0) | x.stride(0) | int(out.storage_offset()) | int(x.storage_offset()) | x.shape[1]
     if begins * x.element_size() % WIDEST.itemsize == 0:  # of the sizes joined bit by bit, and so of each
         out, x = out.view(WIDEST), x.view(WIDEST)
     out.copy_(x)
