@@ -23,12 +23,13 @@ def fast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, one kernel on a GPU: compiled there at its first call for a width, for any number of rows."""
 
     def call(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if not tensors[0].is_cuda:
+        if not args[0].is_cuda:
             return function(*args)
-        strides = tuple(x.stride(-2) for x in tensors if x.dim() > 1)
-        # (Detached, as torch.compile would compile anew for a first layer, whose input has no gradient.)
-        return _compiled(function, strides)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+        strides = tuple([x.stride(-2) for x in args if isinstance(x, Tensor) and x.dim() > 1])
+        # Detached: torch.compile would compile anew for a first layer, whose input has no gradient, and for views of
+        # tensors of other sizes.
+        values = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        return _compiled(function, strides)(*values)
 
     return call
 

@@ -26,8 +26,9 @@ SUPPORTED = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 KEPT_BYTES = 2**30
-"""Frozen weights of the layers up to which `fuse` keeps their widened copies: steps of small models wait for the host,
-which would make them in every pass; larger ones lack the memory rather than the time."""
+"""Bytes of the layers' frozen weights up to which `fuse` keeps their widened copies, 1.4 times as many in SmolLM2's
+shape: steps of small models wait for the host, which would make them in every pass; larger ones lack the memory rather
+than the time."""
 
 
 def fuse(
