@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -328,7 +330,7 @@ def attach_adapter(
 ) -> PeftModel:
     """Freeze the model and put a trainable LoRA adapter on it (fields of `recipe.Adapter`; PEFT keeps it float32)."""
     if init_from is not None:
-        return PeftModel.from_pretrained(backbone.model, init_from, is_trainable=True)
+        return _without_waits(PeftModel.from_pretrained(backbone.model, init_from, is_trainable=True))
     rows = {"embed_tokens": [backbone.family.mask_id]} if train_mask_embedding else None
     config = LoraConfig(
         r=rank,
@@ -340,7 +342,34 @@ def attach_adapter(
         trainable_token_indices=rows,  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(backbone.model, config)
+    return _without_waits(get_peft_model(backbone.model, config))
+
+
+def _without_waits(model: PeftModel) -> PeftModel:
+    """Have the numbers of trained tokens lie on the device.
+
+    PEFT sends them there whenever such a layer is called: for every chunk of the loss the host would wait until the
+    device has done all that it was told before, and the backward pass would begin with nothing launched ahead.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.get_merged_weights = MethodType(_merged_weights, module)  # type: ignore[method-assign]
+    return model
+
+
+def _merged_weights(self: TrainableTokensLayer, active_adapters: list[str]) -> Tensor:
+    """PEFT's method of this name: the weight, with the rows of trained tokens in place."""
+    weight: Any = self.base_layer.weight
+    for name in active_adapters:
+        numbers = _numbers(tuple(self.token_indices[name]), weight.device)
+        weight = weight.index_copy(0, numbers, self.trainable_tokens_delta[name].to(weight))
+    return weight
+
+
+@lru_cache(maxsize=16)
+def _numbers(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else autograd could not save them in a later pass
+        return torch.tensor(tokens, device=device)
 
 
 def family_facts(family: Family) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -241,6 +242,35 @@ def test_targets_and_the_mask_row_can_be_chosen(tiny_backbone, ids):
         model.get_parameter(row).add_(0.5)
     assert not block_causal(model, torch.full_like(ids, backbone.family.mask_id)).allclose(before, atol=1e-2)
     assert len(model.get_parameter(row)) == 1
+
+
+class SentFromLists(TorchDispatchMode):
+    """Counts tensors made of Python's numbers: on a GPU the host waits for each until the device has nothing to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_are_not_sent_to_the_device_in_every_pass(tiny_backbone, tiny_adapter, ids, tied):
+    backbone = tiny_backbone(tie_embeddings=tied)
+    model = tiny_adapter(backbone, train_mask_embedding=True)
+    ids[:, 0] = backbone.family.mask_id
+
+    def states() -> Tensor:
+        attend = StreamAttention(RowStreams(LENGTH // 2, SIZE)).attend
+        return output_head(model)(hidden_states(model, ids, positions(ids), attend))
+
+    with torch.inference_mode():  # what is made here must be of use to a pass that trains
+        states()
+    with SentFromLists() as sent:
+        states().sum().backward()
+    assert sent.count == 0
+    (row,) = [p for name, p in model.named_parameters() if "trainable_tokens" in name]
+    assert row.grad.abs().max() > 0
 
 
 def test_training_can_start_from_an_adapter(tiny_backbone, tiny_adapter, tmp_path, ids):

@@ -14,15 +14,17 @@ from mage_tune.backbone import hidden_states
 from mage_tune.data.collate import Collator
 from mage_tune.fused import fuse, layers, product
 from mage_tune.fused.elementwise import (
-    Rotate,
     add_norm_into,
+    normed_rotated,
+    normed_turned_back_into,
     rms_norm,
     rms_norm_backward,
     rotated,
+    rotated_apart,
     swiglu,
     swiglu_backward_into,
+    turned_back_into,
 )
-from mage_tune.fused.passes import beside_each_other
 from mage_tune.recipe import RecipeError, load_recipe
 from mage_tune.recipe_schema import Objective
 from mage_tune.run import enable_checkpointing
@@ -119,6 +121,64 @@ def test_kept_products_follow_weights_and_adapters(tiny_backbone, tiny_adapter):
     assert not torch.allclose(found[0], found[1], rtol=0.1)
 
 
+@pytest.mark.parametrize("changed", ["lora_A", "lora_B", "base_layer"])
+def test_kept_products_follow_steps_of_an_optimizer(tiny_backbone, tiny_adapter, changed):
+    """In the backward pass too, whose matrices are others: gradients after a step are those of plain layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids, row, found = torch.randint(6, 60, (1, 64), generator=generator), RowStreams(32, 4, noisy=1), []
+    weight = torch.randn(1, 64, 32, generator=generator).double()
+    for change in (None, fuse):
+        model = tiny_adapter(tiny_backbone("converted", num_layers=2)).double()
+        if change is not None:
+            change(model)
+        for is_last in (False, True):
+            model.zero_grad()
+            out = hidden_states(model.train(), ids, torch.arange(64)[None], StreamAttention(row).attend)
+            (out * weight).sum().backward()
+            with torch.no_grad():
+                for name, p in model.named_parameters() if not is_last else ():
+                    if changed in name:
+                        p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).double()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_equal(*found, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "width"), [(24, 40), (24, 8), (23, 8), (24, 3), (24, 0)])
+def test_rows_are_copied_bit_by_bit(dtype, size, width):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, width, generator=generator).to(dtype)
+    x[::2] = torch.nan
+    wide = torch.zeros(6, size + width, dtype=dtype)
+    product.copy_rows(wide[:, size:], x)
+    assert torch.equal(wide[:, size:].nan_to_num(7.0), x.nan_to_num(7.0)) and not wide[:, :size].any()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("has_adapters", [[True, False, True], [False, False, False]])
+def test_both_ways_to_the_gradient_of_an_input_are_one(is_kept, has_adapters):
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    found = []
+    for is_stacked in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        linears, adapters = [], []
+        for has_adapter in has_adapters:
+            linear = torch.nn.Linear(16, 24).requires_grad_(False).double()
+            linear.weight.copy_(normal(24, 16))
+            linears.append(product.Frozen(linear, 0.5, has_adapter))
+            adapters += [normal(5, 16), normal(24, 5)] if has_adapter else []
+        made = product.Product(linears, adapters, torch.float64, is_kept, is_stacked)
+        product.refresh([made])
+        wide, grad = product.room_for_gradient(linears[0].base.weight, 7, made)
+        grad.copy_(normal(7, 72))
+        found.append(product.gradient_of_input(wide, made))
+    torch.testing.assert_close(found[1], found[0])
+    x, inner = found[0]
+    assert x.shape == (7, 16) and inner.shape == (7, 8 * sum(has_adapters))
+
+
 @pytest.mark.parametrize("rank", [1, 5, 8, 36])
 @pytest.mark.parametrize("recompute", ["nothing", "layer"])
 def test_ranks_that_are_no_multiples_of_eight(pair, rank, recompute):
@@ -188,6 +248,24 @@ def test_lengths_seen_before_compile_nothing(gradients_on):
             gradients_on("cuda", lengths)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_nothing_in_a_pass_waits_for_the_device(tiny_backbone, tiny_adapter, make_examples):
+    """The host would launch the next kernel only when the device has run out of them."""
+    backbone = tiny_backbone("converted", tie_embeddings=True)
+    model = tiny_adapter(backbone, rank=5, train_mask_embedding=True).to("cuda")
+    fuse(model)
+    batch = Collator(backbone.family, 0)(make_examples((128, 3), (120, 0)))
+    batch = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in batch.items()}
+    objective = Objective.model_validate({"diffusion": {"weight": 1.0}})
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            gradients(model, batch, objective)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_offloaded_inputs_of_plain_layers_change_nothing(pair):
     plain, ours = pair(enable_offloaded)
     assert_equal(plain, ours, 1e-12)
@@ -240,9 +318,9 @@ def test_elementwise_gradients_are_derivatives():
 
 @pytest.mark.parametrize("heads", [(3, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("has_norms", [False, True])
-def test_gradients_of_rotated_heads_lie_side_by_side(heads, has_norms):
-    """So that the product before them, whose outputs they are of, need not copy them together."""
-    batch, n, size = 2, 5, 8
+def test_gradients_of_rotated_heads_are_written_side_by_side(heads, has_norms):
+    """Into columns of a wider matrix, as the product before them reads them."""
+    batch, n, size, room = 2, 5, 8, 16
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -252,19 +330,18 @@ def test_gradients_of_rotated_heads_lie_side_by_side(heads, has_norms):
     grads = [normal(*x.shape) for x in inputs]
     angle = normal(1, 1, n, size // 2).repeat(1, 1, 1, 2)
     rotary, gains = (angle.cos(), angle.sin()), (1 + normal(size), 1 + normal(size), 1e-6)
-    query, key, value = inputs
+    wide = torch.full((batch * n, sum(heads) * size + room), torch.nan, dtype=torch.float64)
+    joined = wide[:, :-room].view(batch, n, -1, size)
     if has_norms:
-        query, key = (rms_norm(x, weight, 1e-6, x.dtype) for x, weight in zip((query, key), gains[:2], strict=True))
-    expected = torch.autograd.grad((*rotated(query, key, *rotary), value.clone()), inputs, grads)
-    found = torch.autograd.grad(Rotate.apply(*inputs, *rotary, gains if has_norms else None), inputs, grads)
-    torch.testing.assert_close(found, expected)
-    joined = beside_each_other(found)
-    assert joined.data_ptr() == found[0].data_ptr()
-    copied = beside_each_other([x.clone() for x in found])
-    assert torch.equal(joined, copied) and copied.data_ptr() != joined.data_ptr()
-    for others in ([found[1], found[0], found[2]], [found[0], found[1].clone(), found[2]], found[:2]):
-        expected_rows = torch.cat([x.transpose(1, 2).flatten(2) for x in others], dim=2).flatten(0, 1)
-        assert torch.equal(beside_each_other(others), expected_rows)
+        out = *normed_rotated(*inputs[:2], *gains, *rotary), inputs[2].clone()
+        parts, unturned = joined.transpose(1, 2).split(heads, dim=1), [x.detach() for x in inputs[:2]]
+        normed_turned_back_into(*parts, *grads, *unturned, *gains, *rotary)
+    else:
+        out = rotated_apart(*inputs, *rotary)
+        turned_back_into(joined, *grads, *rotary)
+    expected = torch.cat([x.transpose(1, 2) for x in torch.autograd.grad(out, inputs, grads)], dim=2)
+    torch.testing.assert_close(joined, expected)
+    assert wide[:, -room:].isnan().all()
 
 
 def test_rotation_is_transformers_own():

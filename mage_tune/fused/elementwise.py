@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @cache
@@ -24,12 +23,13 @@ def fast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, one kernel on a GPU: compiled there at its first call for a width, for any number of rows."""
 
     def call(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if not tensors[0].is_cuda:
+        if not args[0].is_cuda:
             return function(*args)
-        strides = tuple(x.stride(-2) for x in tensors if x.dim() > 1)
-        # (Detached, as torch.compile would compile anew for a first layer, whose input has no gradient.)
-        return _compiled(function, strides)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+        strides = tuple([x.stride(-2) for x in args if isinstance(x, Tensor) and x.dim() > 1])
+        # Detached: torch.compile would compile anew for a first layer, whose input has no gradient, and for views of
+        # tensors of other sizes.
+        values = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        return _compiled(function, strides)(*values)
 
     return call
 
@@ -109,9 +109,10 @@ def rotated_apart(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: T
     return *rotated(query, key, cos, sin), value.clone()
 
 
-def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(batch, n, all heads, D) gradients of `rotated_apart`'s inputs, side by side, from those of its outputs."""
-    return _side_by_side(*rotated(query, key, cos, -sin), value)
+def turned_back_into(out: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Gradients of `rotated_apart`'s inputs, from those of its outputs, written to `out`, (batch, n, all heads, D)."""
+    grads = *rotated(query, key, cos, -sin), value  # turned back, as both halves of `sin` are alike
+    out.copy_(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))
 
 
 def normed_rotated(
@@ -121,7 +122,10 @@ def normed_rotated(
     return rotated(rms_norm(query, of_query, eps, query.dtype), rms_norm(key, of_key, eps, key.dtype), cos, sin)
 
 
-def normed_turned_back(
+def normed_turned_back_into(
+    out_query: Tensor,
+    out_key: Tensor,
+    out_value: Tensor,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -132,54 +136,16 @@ def normed_turned_back(
     eps: float,
     cos: Tensor,
     sin: Tensor,
-) -> Tensor:
-    """As `turned_back`, for `normed_rotated` of these queries and keys."""
+) -> None:
+    """As `turned_back_into`, for `normed_rotated` of these queries and keys, to (batch, heads, n, D) each."""
     turned = rotated(grad_query, grad_key, cos, -sin)
-    of_heads = (
-        _norm_gradient(grad, x, weight, eps)[0].to(x.dtype)
-        for grad, x, weight in zip(turned, (query, key), (of_query, of_key), strict=True)
-    )
-    return _side_by_side(*of_heads, grad_value)
-
-
-def _side_by_side(*grads: Tensor) -> Tensor:
-    return torch.cat([grad.transpose(1, 2) for grad in grads], dim=2)
+    out_query.copy_(_norm_gradient(turned[0], query, of_query, eps)[0])
+    out_key.copy_(_norm_gradient(turned[1], key, of_key, eps)[0])
+    out_value.copy_(grad_value)
 
 
 Gains = tuple[Tensor, Tensor, float]
 """Weights of the norms of queries' and of keys' heads, and their epsilon."""
-
-
-class Rotate(torch.autograd.Function):
-    """`rotated_apart`, or `normed_rotated` with the values as they are.
-
-    The backward pass turns back, as both halves of `sin` are alike. The product before has q, k and v in one tensor,
-    and so are their gradients made. Head norms keep that tensor, for queries and keys as they were; so the values are
-    left in it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, gains: Gains | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries and keys, and values."""
-        ctx.gains = gains
-        if gains is None:
-            ctx.save_for_backward(cos, sin)
-            return fast(rotated_apart)(query, key, value, cos, sin)
-        ctx.save_for_backward(query, key, cos, sin)
-        return *fast(normed_rotated)(query, key, *gains, cos, sin), value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients, turned back."""
-        if ctx.gains is None:
-            joined = fast(turned_back)(*grads, *ctx.saved_tensors)
-        else:
-            query, key, cos, sin = ctx.saved_tensors
-            joined = fast(normed_turned_back)(*grads, query, key, *ctx.gains, cos, sin)
-        return *joined.transpose(1, 2).split([grad.shape[1] for grad in grads], dim=1), None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mage_tune.backbone import Attend, causal_lm
-from mage_tune.fused.elementwise import Gains, Rotate
-from mage_tune.fused.passes import feed_forward, normed_linears
-from mage_tune.fused.product import Linears
+from mage_tune.fused.elementwise import Gains
+from mage_tune.fused.passes import Products, after_attention, before_attention
+from mage_tune.fused.product import Linears, computing_dtype, refresh
 from mage_tune.fused.recompute import recomputed
 
 Recompute = Literal["nothing", "mlp", "layer"]
@@ -26,8 +26,9 @@ SUPPORTED = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 KEPT_BYTES = 2**30
-"""Frozen weights of the layers up to which `fuse` keeps their widened copies: steps of small models wait for the host,
-which would make them in every pass; larger ones lack the memory rather than the time."""
+"""Bytes of the layers' frozen weights up to which `fuse` keeps their widened copies, 1.4 times as many in SmolLM2's
+shape: steps of small models wait for the host, which would make them in every pass; larger ones lack the memory rather
+than the time."""
 
 
 def fuse(
@@ -109,15 +110,22 @@ class LayerLinears:
     gate_up: Linears
     down: Linears
 
+    @torch.no_grad()
+    def products(self, dtype: torch.dtype) -> Products:
+        """With the values that the adapters have now."""
+        found = Products(*(each.product(dtype) for each in (self.qkv, self.out, self.gate_up, self.down)))
+        refresh((found.qkv, found.out, found.gate_up, found.down))
+        return found
+
 
 def layer_linears(layer: Any, keep: bool = False) -> LayerLinears:
     """Those of a supported layer; `keep` as in `Linears`."""
     attention, mlp = layer.self_attn, layer.mlp
     return LayerLinears(
-        Linears([attention.q_proj, attention.k_proj, attention.v_proj], keep),
+        Linears([attention.q_proj, attention.k_proj, attention.v_proj], keep, stack=True),
         Linears([attention.o_proj], keep),
         Linears([mlp.gate_proj, mlp.up_proj], keep),
-        Linears([mlp.down_proj], keep),
+        Linears([mlp.down_proj], keep, stack=True),
     )
 
 
@@ -149,9 +157,10 @@ def layer_forward(
         skip_last: leave out the last product, whose value a recomputation needs nowhere; the result is then garbage.
     """
     attention = layer.self_attn
-    query, key, value, hidden = normed_linears(hidden, layer.input_layernorm, linears.qkv, attention.head_dim)
-    query, key, value = Rotate.apply(query, key, value, *(x[:, None] for x in rotary), head_gains(attention))
-    out = attend(attention.layer_idx, query, key, value, attention.scaling)
-    (attended,) = normed_linears(out, None, linears.out)
-    norm = layer.post_attention_layernorm
-    return feed_forward(hidden, attended, norm, linears.gate_up, linears.down, recompute_mlp, skip_last)
+    products = linears.products(computing_dtype(hidden))
+    cos, sin = (x[:, None] for x in rotary)
+    query, key, value, hidden = before_attention(
+        hidden, layer.input_layernorm, products.qkv, attention.head_dim, (cos, sin), head_gains(attention)
+    )
+    attended = attend(attention.layer_idx, query, key, value, attention.scaling)
+    return after_attention(hidden, attended, layer.post_attention_layernorm, products, recompute_mlp, skip_last)

@@ -1,8 +1,8 @@
-"""The two halves of a decoder layer as autograd functions over products."""
+"""The two halves of a decoder layer, before attention and after it, as autograd functions over products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,115 +10,134 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mage_tune.fused.elementwise import (
+    Gains,
     add_norm_into,
     copy_into,
     fast,
+    normed_rotated,
+    normed_turned_back_into,
     rms_norm_backward,
     rms_norm_into,
+    rotated_apart,
     swiglu_backward_into,
     swiglu_into,
+    turned_back_into,
 )
-from mage_tune.fused.product import (
-    Linears,
-    Product,
-    computing_dtype,
-    project,
-    project_backward,
-    widened,
-)
+from mage_tune.fused.product import Product, gradient_of_input, project, room_for_gradient, widened
 
 Gain = tuple[Tensor, float]
 """Weight and epsilon of an RMSNorm."""
 
 
-def normed_linears(x: Tensor, norm: Any, linears: Linears, head_dim: int | None = None) -> tuple[Tensor, ...]:
-    """Linear layers, with their adapters, of one (normalised) input.
+@dataclass(frozen=True)
+class Products:
+    """Linear layers of a decoder layer by the input they read, as they are in one pass."""
+
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+
+
+def before_attention(
+    x: Tensor, norm: Any, product: Product, head_dim: int, rotary: tuple[Tensor, Tensor], gains: Gains | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of the normalised input, with adapters.
 
     Args:
-        x: (batch, n, in), or (batch, heads, n, D) with in = heads * D.
-        norm: an RMSNorm that is not trained, or None.
-        linears: the layers.
-        head_dim: outputs are (batch, heads, n, D) of this D instead of (batch, n, out).
+        x: (batch, n, hidden).
+        norm: an RMSNorm that is not trained.
+        product: q, k and v.
+        rotary: cos, sin, (1 or batch, 1, n, D) each.
+        gains: of the norms of queries' and keys' heads.
 
     Returns:
-        One output for each layer; with a norm also x, for the residual: taken from here, its gradient is added in the
-        norm's kernel.
+        Queries, keys, values (batch, heads, n, D); and x, for the residual: taken from here, its gradient is added in
+        the norm's kernel.
     """
-    product = linears.product(computing_dtype(x))
-    gain = None if norm is None else (norm.weight, norm.variance_epsilon)
-    return NormedLinears.apply(x, gain, product, head_dim, *product.adapters)
+    gain = (norm.weight, norm.variance_epsilon)
+    return BeforeAttention.apply(x, gain, product, head_dim, *rotary, gains, *product.adapters)
 
 
-def feed_forward(
-    x: Tensor,
-    attended: Tensor,
-    norm: Any,
-    first: Linears,
-    last: Linears,
-    recompute: bool = False,
-    skip_last: bool = False,
+def after_attention(
+    x: Tensor, attended: Tensor, norm: Any, products: Products, recompute: bool = False, skip_last: bool = False
 ) -> Tensor:
-    """s + SwiGLU of the normalised s, with adapters, for s = x + attended; flags as in `layer_forward`.
+    """s + SwiGLU of the normalised s, with adapters, for s = x + the output layer of what attention gave.
 
     Args:
-        x, attended: (..., hidden): the residual, and what attention adds to it.
-        first: gate and up.
-        last: down.
+        x: (batch, n, hidden), the residual.
+        attended: (batch, heads, n, D).
+        norm: an RMSNorm that is not trained.
+        recompute, skip_last: see `layer_forward`.
     """
-    dtype = computing_dtype(x)
-    one, two = first.product(dtype), last.product(dtype)
+    of = products
+    adapters = *of.out.adapters, *of.gate_up.adapters, *of.down.adapters
     gain = (norm.weight, norm.variance_epsilon)
-    return FeedForward.apply(x, attended, gain, one, two, recompute, skip_last, *one.adapters, *two.adapters)
+    return AfterAttention.apply(x, attended, gain, products, recompute, skip_last, *adapters)
 
 
-class NormedLinears(torch.autograd.Function):
-    """See `normed_linears`. Kept: the input before its norm, and the adapters' inner vectors."""
+class BeforeAttention(torch.autograd.Function):
+    """See `before_attention`. Kept: the input before its norm, inner vectors, and q and k where they have norms.
+
+    The product has q, k and v in one tensor, and so are their gradients made. Head norms keep that tensor, for queries
+    and keys as they were; so the values are left in it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Gain | None, product: Product, head_dim: int | None, *adapters: Tensor
+        ctx: Any,
+        x: Tensor,
+        gain: Gain,
+        product: Product,
+        head_dim: int,
+        cos: Tensor,
+        sin: Tensor,
+        gains: Gains | None,
+        *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The layers' outputs."""
-        rows = by_position(x)
+        """Queries, keys, values, and the input."""
+        flat = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
-            wide, own = widened(rows, product)
-            if gain is None:
-                fast(copy_into)(own.unflatten(0, rows.shape[:2]).unflatten(-1, rows.shape[2:]), rows)
-            else:
-                fast(rms_norm_into)(own, x.flatten(0, 1), *gain)
+            wide, own = widened(flat, product)
+            fast(rms_norm_into)(own, flat, *gain)
             out, inner = project(wide, product)
-        ctx.gain, ctx.product = gain, product
-        ctx.save_for_backward(x, inner)
-        outs = out.view(*rows.shape[:2], -1).split(product.outs, dim=-1)
-        if head_dim is not None:
-            outs = [part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in outs]
-        return tuple(outs) if gain is None else (*outs, x)
+            query, key, value = _by_head(out, x.shape, head_dim).split([size // head_dim for size in product.outs], 1)
+            unturned = () if gains is None else (query, key)
+            if gains is None:
+                query, key, value = fast(rotated_apart)(query, key, value, cos, sin)
+            else:
+                query, key = fast(normed_rotated)(query, key, *gains, cos, sin)
+        ctx.gain, ctx.product, ctx.gains = gain, product, gains
+        ctx.save_for_backward(x, inner, cos, sin, *unturned)
+        return query, key, value, x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Gradients of the input and of every A and B."""
-        (x, inner), product = ctx.saved_tensors, ctx.product
-        rows = by_position(x)
-        flat = rows.reshape(len(inner), -1)
+        (x, inner, cos, sin, *unturned), product = ctx.saved_tensors, ctx.product
+        *of_heads, residual = grads
+        flat = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
-            parts = list(grads)
-            residual = None if ctx.gain is None else parts.pop().reshape(flat.shape)
-            grad = beside_each_other(parts)
-            grad_own, inner_grad = project_backward(grad, product)
-            if residual is None:
-                grad_in, normed = grad_own.to(x.dtype), flat.to(grad_own.dtype)
+            wide, grad = room_for_gradient(residual, len(flat), product)
+            joined = _by_head(grad, x.shape, of_heads[0].shape[-1])
+            if ctx.gains is None:
+                fast(turned_back_into)(joined.transpose(1, 2), *of_heads, cos, sin)
             else:
-                grad_in, normed = fast(rms_norm_backward)(grad_own, flat, *ctx.gain, residual)
+                parts = joined.split([part.shape[1] for part in of_heads], 1)
+                fast(normed_turned_back_into)(*parts, *of_heads, *unturned, *ctx.gains, cos, sin)
+            grad_own, inner_grad = gradient_of_input(wide, product)
+            grad_in, normed = fast(rms_norm_backward)(grad_own, flat, *ctx.gain, residual.reshape(flat.shape))
             grad_adapters = product.gradients(grad, inner_grad, normed, inner)
-        grad_x = grad_in.view(rows.shape) if ctx.needs_input_grad[0] else None
-        if grad_x is not None and x.dim() == 4:
-            grad_x = grad_x.transpose(1, 2)
-        return grad_x, None, None, None, *grad_adapters
+        grad_x = grad_in.view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, *(None,) * 6, *grad_adapters
 
 
-class FeedForward(torch.autograd.Function):
-    """See `feed_forward`. Kept: the sum before its norm, inner vectors, and gate and up unless they are recomputed."""
+class AfterAttention(torch.autograd.Function):
+    """See `after_attention`.
+
+    Kept: what attention gave, the sum before its norm, inner vectors, and gate and up unless they are recomputed.
+    """
 
     @staticmethod
     def forward(
@@ -126,72 +145,62 @@ class FeedForward(torch.autograd.Function):
         x: Tensor,
         attended: Tensor,
         gain: Gain,
-        first: Product,
-        last: Product,
+        products: Products,
         recompute: bool,
         skip_last: bool,
         *adapters: Tensor,
     ) -> Tensor:
         """The output."""
+        flat, rows = x.flatten(0, 1), attended.transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
-            wide, own = widened(x.flatten(0, -2), first)
-            total = fast(add_norm_into)(own, x.flatten(0, -2), attended.flatten(0, -2), *gain).view(x.shape)
-            gate_up, inner = project(wide, first)
-            gate, up = gate_up.chunk(2, dim=1)
-            wide, own = widened(gate, last)
-            fast(swiglu_into)(own, gate, up)
-            out, last_inner = project(wide, last, skip=skip_last)
+            wide, own = widened(flat, products.out)
+            fast(copy_into)(own.view(rows.shape), rows)
+            added, out_inner = project(wide, products.out)
+            wide, own = widened(flat, products.gate_up)
+            total = fast(add_norm_into)(own, flat, added, *gain).view(x.shape)
+            gate_up, inner = project(wide, products.gate_up)
+            wide, own = widened(flat, products.down)
+            fast(swiglu_into)(own, *gate_up.chunk(2, 1))
+            out, last_inner = project(wide, products.down, skip=skip_last)
             # A sum of the input's own shape: of a view of one, FSDP2 warns that in-place work would lose its hooks.
             out = total if skip_last else total + out.view(x.shape)
-        ctx.gain, ctx.first, ctx.last = gain, first, last
-        ctx.dtypes = x.dtype, attended.dtype
-        ctx.save_for_backward(total, last_inner, *((None, None) if recompute else (gate_up, inner)))
+        ctx.gain, ctx.products, ctx.dtype = gain, products, x.dtype
+        ctx.save_for_backward(
+            attended, total, out_inner, last_inner, *((None, None) if recompute else (gate_up, inner))
+        )
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Gradients of both inputs and of every A and B."""
-        total, last_inner, gate_up, inner = ctx.saved_tensors
-        first, last, flat = ctx.first, ctx.last, total.flatten(0, -2)
+        attended, total, out_inner, last_inner, gate_up, inner = ctx.saved_tensors
+        of, flat, residual = ctx.products, total.flatten(0, 1), grad.flatten(0, 1)
         with torch.autocast(total.device.type, enabled=False):
             if gate_up is None:
-                wide, own = widened(flat, first)
+                wide, own = widened(flat, of.gate_up)
                 fast(rms_norm_into)(own, flat, *ctx.gain)
-                gate_up, inner = project(wide, first)
-            residual = grad.reshape(flat.shape)
-            grad_out = residual.to(last.dtype)
-            grad_product, inner_grad = project_backward(grad_out, last)
-            inner_grad = inner_grad.contiguous()  # the rest of that memory is given back before the next product
+                gate_up, inner = project(wide, of.gate_up)
+            wide, grad_out = room_for_gradient(residual, len(flat), of.down)
+            fast(copy_into)(grad_out, residual)
+            grad_product, inner_grad = gradient_of_input(wide, of.down)
             grad_gate_up = torch.empty_like(gate_up)
             product = fast(swiglu_backward_into)(*grad_gate_up.chunk(2, 1), grad_product, *gate_up.chunk(2, 1))
             del grad_product, gate_up
-            grad_last = last.gradients(grad_out, inner_grad, product, last_inner)
-            del product
-            grad_normed, inner_grad = project_backward(grad_gate_up, first)
-            grad_in, normed = fast(rms_norm_backward)(grad_normed, flat, *ctx.gain, residual)
-            grad_first = first.gradients(grad_gate_up, inner_grad, normed, inner)
-        grads = [
-            grad_in.view(total.shape).to(dtype) if needed else None
-            for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-        ]
-        return *grads, None, None, None, None, None, *grad_first, *grad_last
+            of_down = of.down.gradients(grad_out, inner_grad, product, last_inner)
+            del product, wide, grad_out
+            grad_normed, inner_grad = gradient_of_input(grad_gate_up, of.gate_up)
+            grad_total, normed = fast(rms_norm_backward)(grad_normed, flat, *ctx.gain, residual)
+            of_gate_up = of.gate_up.gradients(grad_gate_up, inner_grad, normed, inner)
+            del grad_gate_up, grad_normed, normed
+            rows, grad_added = attended.transpose(1, 2), grad_total.to(of.out.dtype)
+            grad_rows, inner_grad = gradient_of_input(grad_added, of.out)
+            of_out = of.out.gradients(grad_added, inner_grad, rows.reshape(grad_rows.shape), out_inner)
+        grad_x = grad_total.view(total.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_attended = grad_rows.view(rows.shape).transpose(1, 2).to(attended.dtype)
+        return grad_x, grad_attended, *(None,) * 4, *of_out, *of_gate_up, *of_down
 
 
-def by_position(x: Tensor) -> Tensor:
-    """(batch, n, ...) view of (batch, n, in) or (batch, heads, n, D)."""
-    return x.transpose(1, 2) if x.dim() == 4 else x
-
-
-def beside_each_other(grads: Sequence[Tensor]) -> Tensor:
-    """(batch * n, out) of the gradients of `normed_linears`' outputs; a copy unless one tensor holds them so."""
-    parts = [by_position(x) for x in grads]
-    batch, n = parts[0].shape[:2]
-    width = sum(part[0, 0].numel() for part in parts)
-    at = parts[0].data_ptr()
-    for part in parts:
-        is_there = part.data_ptr() == at and part.stride()[:2] == (n * width, width) and part[0, 0].is_contiguous()
-        if not is_there or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
-            return torch.cat([part.flatten(2) for part in parts], dim=2).flatten(0, 1)
-        at += part[0, 0].numel() * part.element_size()
-    return parts[0].as_strided((batch * n, width), (width, 1))
+def _by_head(x: Tensor, shape: torch.Size, head_dim: int) -> Tensor:
+    """(batch, heads, n, D) view of (batch * n, heads * D), for a `shape` that begins with (batch, n)."""
+    return x.view(*shape[:2], -1, head_dim).transpose(1, 2)

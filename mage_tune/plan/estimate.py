@@ -78,6 +78,8 @@ from mage_tune.stream_loss import StreamLoss
 GIB = 2**30
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linear layers of a decoder layer by the input that they share."""
+STACKED = GROUPS[0], GROUPS[3]
+"""Those whose input's gradient is one product in fused layers, with every W above every A."""
 CHUNK = 4096
 """Rows projected to logits at once (`objectives.cross_entropy_sum`)."""
 SCORED_BLOCKS = 16
@@ -286,12 +288,13 @@ class Estimate:
         return self.is_fused and not self.is_quantised and held <= KEPT_BYTES
 
     def _wide_bytes(self) -> float:
-        """Matrices of `fused.Product`: layers that share an input, beside their adapters' B; and every A."""
+        """Matrices of `fused.Product`: layers that share an input, beside their adapters' B; every A, some below W."""
         shape, targets, size = self.shape, set(self._targets), 0
         for group in GROUPS:
             inner = padded(self._rank) * len(targets & set(group))
             inputs, outputs = shape.linears[group[0]][0], sum(shape.linears[name][1] for name in group)
-            size += (outputs * (inputs + inner) + inner * inputs) * bool(inner)
+            matrices = 2 if group in STACKED else 1
+            size += (outputs * (matrices * inputs + inner) + inner * inputs) * bool(inner)
         return float(self.compute_bytes * size * shape.num_layers)
 
     def layer_bytes(self) -> float:
@@ -488,29 +491,31 @@ class Estimate:
         """Bytes that one fused layer moves between its products, forward and backward, with nothing recomputed.
 
         Per token: norms, with one of two additions to the residual and with its gradient, read and write 16 times the
-        hidden size, the other addition 3; SwiGLU 9 times its own size. Products add to the gradient of their input.
-        Rotary positions and the layout of heads take 10 passes over queries and keys, norms of heads one more.
+        hidden size, the other addition 3, the copy of its gradient 2; SwiGLU 9 times its own size. Two products of four
+        add to the gradient of their input. Rotary positions and the layout of heads take 10 passes over queries and
+        keys, norms of heads one more.
         """
         shape, size = self.shape, self.compute_bytes
         hidden, wide = shape.hidden_size, shape.intermediate_size
-        per_token = size * (9 * wide + 6 * hidden + (10 + shape.head_norms) * (shape.query_size + shape.key_size))
+        per_token = size * (9 * wide + 8 * hidden + (10 + shape.head_norms) * (shape.query_size + shape.key_size))
         return float(self.tokens * (per_token + 19 * self.residual_bytes * hidden))
 
     def _adapter_traffic(self) -> float:
         """Bytes that the adapters of one fused layer move, likewise.
 
-        Their products read the input twice and add to its gradient once; they read the output's gradient once. What the
-        attention put out is copied to be widened. Weights are widened in both passes, but where that is kept.
+        Their products read the input twice and the output's gradient once. Then they read that once more, where the
+        gradient of the input is one product, and add to the latter where it is not. What the attention put out is
+        copied to be widened. Weights are widened in both passes, but where that is kept.
         """
         shape, targets = self.shape, set(self._targets)
-        groups = {("q_proj", "k_proj", "v_proj"): shape.hidden_size, ("o_proj",): shape.query_size}
-        groups |= {("gate_proj", "up_proj"): shape.hidden_size, ("down_proj",): shape.intermediate_size}
-        inputs = sum(width for names, width in groups.items() if targets & set(names))
-        outputs = sum(shape.linears[name][1] for name in targets)
-        copied = 2 * shape.query_size * ("o_proj" in targets)
+        moved = 2 * shape.query_size * ("o_proj" in targets)
+        for group in GROUPS:
+            of_inputs, of_outputs = (2, 2) if group in STACKED else (4, 1)
+            moved += of_inputs * shape.linears[group[0]][0] * bool(targets & set(group))
+            moved += of_outputs * sum(shape.linears[name][1] for name in targets & set(group))
         passes = 0 if self.keeps_wide_weights else 4
         weights = passes * sum(math.prod(shape.linears[name]) for name in targets)
-        return float(self.compute_bytes * (self.tokens * (4 * inputs + copied + outputs) + weights))
+        return float(self.compute_bytes * (self.tokens * moved + weights))
 
     def _term_time(self, rate: float, bandwidth: float) -> Iterator[Item]:
         """Extra work of the auxiliary terms: bytes of the operators of one layer's attention, counted at 7B's sizes.
