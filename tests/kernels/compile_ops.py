@@ -62,8 +62,8 @@ def compile_instead(run):
     return compiled
 
 
-READ_EARLY = {"weight_ptr", "key", "value", "count"}
-"""Pointers of what no kernel of a step writes: weights, and the kept keys in front of the block's own."""
+READ_EARLY = {"weight_ptr", "bias_ptr", "gain_ptr", "positions_ptr", "slots_ptr", "key", "value", "count"}
+"""Pointers of what no overlapping kernel writes: weights, where a block lies, and the front keys."""
 
 
 def check_what_comes_before_its_wait(kernel) -> None:

@@ -91,7 +91,7 @@ def test_small_weights_are_read_in_tiles(outputs, inputs, parts):
     from mage_kernels.few_rows.triton import make_plan, split
 
     plan = make_plan(torch.empty(outputs, inputs, device="meta"), can_split=True)
-    assert plan == (64, 512, parts, 8, 1)
+    assert plan == (64, 512, parts, 4, 1)
     assert split(plan, torch.empty(32, inputs, device="meta")) == (plan, plan.block_k)
 
 

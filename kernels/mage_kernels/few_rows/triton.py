@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from mage_kernels.overlap import launch_options
-from mage_kernels.overlap.triton import let_next_start, wait, wait_asking
+from mage_kernels.overlap.triton import held, let_next_start, let_next_start_if, wait, wait_asking
 
 FULL_WAVE = 132
 """Multiprocessors of an H100."""
@@ -27,6 +27,8 @@ SHORTEST_PART = 512
 """Inputs that are worth a program."""
 WHOLE_PART = 512
 """Inputs of a part that a program can hold in shared memory, beside those of x."""
+LEAD = tl.constexpr(2)
+"""Tiles before its end from which gate and up let the next kernel start."""
 LONG = 8192
 """Inputs from which parts are long enough for deeper pipelines."""
 ROOMY = 160 * 1024
@@ -44,20 +46,39 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def wait_with_weights(p_w, start, end, BLOCK_K: tl.constexpr, IS_TILE: tl.constexpr, OVERLAP: tl.constexpr):
-    """`wait`. What can be had of the weight rows at p_w before is: all of a part that IS_TILE, else hints to the L2."""
-    b_w = None
+def load_around_wait(
+    p_w,
+    p_x,
+    m_x,
+    start,
+    end,
+    BLOCK_K: tl.constexpr,
+    IS_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`wait`, with what a product can load around it.
+
+    Before it, of a part that IS_TILE, the weights at p_w; of a longer part the L2 is asked for the first of them.
+
+    Returns:
+        [BLOCK_N, BLOCK_K] weights and [BLOCK_K, BLOCK_M] rows of the tile; None of a longer part.
+    """
+    b_w, b_x = None, None
     if IS_TILE:
-        b_w = tl.load(p_w + (start + tl.arange(0, BLOCK_K))[None, :])
+        o_k = start + tl.arange(0, BLOCK_K)
+        b_w = tl.load(p_w + o_k[None, :])
         wait(OVERLAP)
+        let_next_start(OVERLAP)  # all of the weights are on their way
+        b_x = tl.load(p_x + o_k[:, None], mask=m_x, other=0.0)
     else:
         wait_asking(p_w, start, end, BLOCK_K, OVERLAP)
-    return b_w
+    return b_w, b_x
 
 
 @triton.jit
 def product(
-    b_w,  # [BLOCK_N, BLOCK_K], None where the part is no tile
+    b_w,
+    b_x,
     p_w,
     p_x,
     m_x,
@@ -67,19 +88,25 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
+    LEAD: tl.constexpr = 0,
 ):
-    """[BLOCK_N, BLOCK_M] sums over inputs start to end of the weight rows at p_w and the rows at p_x."""
-    o_k = tl.arange(0, BLOCK_K)
+    """[BLOCK_N, BLOCK_M] sums over inputs start to end of the weight rows at p_w and the rows at p_x.
+
+    The next kernel may start LEAD tiles before the end of those that are loaded here.
+    """
     if b_w is not None:
-        b_x = tl.load(p_x + (start + o_k)[:, None], mask=m_x, other=0.0)
-        b_acc = tl.dot(b_w, b_x, input_precision="ieee")
+        b_acc = tl.dot(b_w, held(b_x, OVERLAP), input_precision="ieee")
     else:
         b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        o_k = tl.arange(0, BLOCK_K)
         for i_k in range(start, end, BLOCK_K):
+            if LEAD:
+                let_next_start_if(i_k >= end - LEAD * BLOCK_K, OVERLAP)
             b_tile = tl.load(p_w + (i_k + o_k)[None, :])
-            b_x = tl.load(p_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
-            b_acc = tl.dot(b_tile, b_x, b_acc, input_precision="ieee")
-    let_next_start(OVERLAP)
+            b_rows = tl.load(p_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
+            b_acc = tl.dot(b_tile, b_rows, b_acc, input_precision="ieee")
+        if not LEAD:
+            let_next_start(OVERLAP)
     return b_acc
 
 
@@ -147,10 +174,10 @@ def linear_kernel(
     m_x = (o_m < num_rows)[None, :]
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
-    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
+    b_w, b_x = load_around_wait(p_w, p_x, m_x, start, end, BLOCK_K, IS_TILE, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(b_w, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(b_w, b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     if HAS_BIAS:  # the first part brings it
@@ -189,12 +216,12 @@ def add_linear_kernel(
     p_w = weight_ptr + tl.minimum(o_n, N - 1)[:, None].to(tl.int64) * K
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
-    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
+    p_x = x_ptr + o_m[None, :] * K
+    b_gain = tl.load(gain_ptr + o_n, mask=o_n < N, other=0.0)
+    b_w, b_x = load_around_wait(p_w, p_x, m_x, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_stream = o_m[None, :] * N + o_n[:, None]
     b_stream = tl.load(stream_ptr + o_stream, mask=m_n & m_x, other=0.0)  # early: it waits for no product
-    b_gain = tl.load(gain_ptr + o_n, mask=o_n < N, other=0.0)
-    p_x = x_ptr + o_m[None, :] * K
-    b_acc = product(b_w, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(held(b_w, OVERLAP), b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_n, i_part, PARTS)
@@ -239,7 +266,7 @@ def gate_up_kernel(
     wait_asking(p_w, 0, K, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(None, p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(None, None, p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP, LEAD)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     b_gate, b_up = tl.split(tl.permute(tl.reshape(b_acc, [2, HALF, BLOCK_M]), [1, 2, 0]))
@@ -260,7 +287,7 @@ def make_plan(weight: Tensor, can_split: bool) -> Plan:
         return Plan()
     tiles = triton.cdiv(outputs, Plan().block_n)
     if inputs % WHOLE_PART == 0 and 1 < inputs // WHOLE_PART <= FULL_WAVE // tiles:
-        return Plan(block_k=WHOLE_PART, parts=inputs // WHOLE_PART, num_warps=8, num_stages=1)
+        return Plan(block_k=WHOLE_PART, parts=inputs // WHOLE_PART, num_stages=1)
     parts = max(2, FULL_WAVE // tiles) if tiles <= FULL_WAVE else 1
     stages = 6 if inputs >= LONG and is_roomy(weight.device) else 4
     return Plan(parts=max(1, min(parts, inputs // SHORTEST_PART)), num_stages=stages)

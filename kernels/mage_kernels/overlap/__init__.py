@@ -1,15 +1,15 @@
 """Launches that overlap on Hopper and later (programmatic dependent launch): a kernel starts while the last one ends.
 
 Only kernels of `few_rows`, `project_append`, `small_attention` and `gather_attention` are launched so; `OVERLAP` in
-their code says where. Each allows its successor to start after its main loop, when it has loaded nearly all that it
-will: then the successor takes room and bandwidth from nobody. That one reads the weights or front keys of its part, if
-they are one tile, and else asks the L2 for their first tiles; then it waits. Why all of this is safe:
+their code says where. Each allows its successor to start when it has asked for nearly all that it will load: right
+after its wait where its weights are one tile, which it has read before; else at the end of its main loop, gate and up
+two tiles earlier. That one reads the weights or front keys of its part, if they are one tile, and else asks the L2 for
+their first tiles; then it waits. Why all of this is safe:
 
-* **Before its wait a kernel reads weights and front keys alone**, and writes nothing; the compiled code is tested for
-  that (`tests/kernels/compile_ops.py`). No overlapping kernel writes a weight, or a key or value in front of the
-  block's own: `project_append` writes where the block's own lie, and must be given no other slots of what
-  `small_attention` reads next. (What `compact` writes there is complete before any overlapping kernel starts: see
-  "other kernels".)
+* **Before its wait a kernel writes nothing, and reads what the kernel before does not write**: weights, where a block
+  lies, and front keys; the compiled code is tested for that (`tests/kernels/compile_ops.py`). `project_append` and
+  `rope_append`, which come before `small_attention`, write where the block's own keys lie; they must be given no other
+  slots of what it reads. After `compact`, `small_attention` may not be launched so: other kernels have to come between.
 * **A hint reads nothing**, and what it fetches cannot grow stale: it stays in the L2, through which all multiprocessors
   write.
 * **The wait is for everything before.** `griddepcontrol.wait` waits until the kernel before has completed and its

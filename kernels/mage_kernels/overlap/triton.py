@@ -21,6 +21,20 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def let_next_start_if(is_time, OVERLAP: tl.constexpr):
+    """`let_next_start` where the scalar is true, without a branch, so that a loop around it can still be pipelined."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.u32 $0, 0;}",
+            "=r,r",
+            [is_time.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def wait(OVERLAP: tl.constexpr):
     """Until all kernels before this one have ended and what they wrote can be read."""
     if OVERLAP:
@@ -34,6 +48,20 @@ def wait_asking(p_w, start, end, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
         o_first = tl.minimum(start + tl.arange(0, ASKED_TILES) * BLOCK_K, end - BLOCK_K)
         ask(p_w + o_first[None, :], BLOCK_K * p_w.dtype.element_ty.primitive_bitwidth // 8)
     wait(OVERLAP)
+
+
+@triton.jit
+def held(x, OVERLAP: tl.constexpr):
+    """x (of 16 or 32 bits a number, or None), which stays as it was loaded until here: all loads are on their way.
+
+    Else a compiler moves what it has loaded to where it is needed piece by piece, and waits for some of the pieces
+    before it asks for others: several times for the latency of memory.
+    """
+    if OVERLAP and x is not None:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        tl.debug_barrier()  # which ptxas moves no load across
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
+    return x
 
 
 @triton.jit

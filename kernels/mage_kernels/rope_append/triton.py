@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mage_kernels.few_rows.triton import (
     has_all_parts,
+    load_around_wait,
     load_squares,
     make_plan,
     options,
@@ -19,8 +20,8 @@ from mage_kernels.few_rows.triton import (
     split,
     sum_parts,
     tiles_of,
-    wait_with_weights,
 )
+from mage_kernels.overlap.triton import held
 
 
 @triton.jit
@@ -192,15 +193,19 @@ def project_append_kernel(
     start = i_part * part_size
     end = tl.minimum(K, start + part_size)
     p_w, p_x = weight_ptr + o_n[:, None].to(tl.int64) * K, x_ptr + o_m[None, :] * K
-    b_w = wait_with_weights(p_w, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_batch, o_place = (o_m // SIZE).to(tl.int64), o_m % SIZE
     b_position = tl.load(positions_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
     b_slot = tl.load(slots_ptr + o_batch, mask=m_m, other=0).to(tl.int64) + o_place
-    if TILES > 0:
-        b_squares = load_squares(squares_ptr, num_tokens, o_m, TILES, BLOCK_TILES)
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_n)
-    b_acc = product(b_w, p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_w, b_x = load_around_wait(p_w, p_x, m_out, start, end, BLOCK_K, IS_TILE, OVERLAP)
+    if TILES > 0:
+        b_squares = load_squares(squares_ptr, num_tokens, o_m, TILES, BLOCK_TILES)
+    o_table = b_position[None, :] * HALF + o_pair[:, None]
+    m_turned = m_out & (i_head < HEADS + KV_HEADS)
+    b_cosine = tl.load(cosine_ptr + o_table, mask=m_turned, other=0.0)
+    b_sine = tl.load(sine_ptr + o_table, mask=m_turned, other=0.0)
+    b_acc = product(b_w, b_x, p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_tile, i_part, PARTS)
@@ -221,9 +226,7 @@ def project_append_kernel(
             tl.store(p_out, b_low.to(dtype), mask=m_out)
             tl.store(p_out + HALF, b_high.to(dtype), mask=m_out)
         else:
-            o_table = b_position[None, :] * HALF + o_pair[:, None]
-            b_cosine = tl.load(cosine_ptr + o_table, mask=m_out, other=0.0)
-            b_sine = tl.load(sine_ptr + o_table, mask=m_out, other=0.0)
+            b_cosine, b_sine = held(b_cosine, OVERLAP), held(b_sine, OVERLAP)
             b_new_low = (b_low * b_cosine - b_high * b_sine).to(dtype)
             b_new_high = (b_high * b_cosine + b_low * b_sine).to(dtype)
             if i_head >= HEADS:

@@ -20,7 +20,7 @@ from mage_kernels.few_rows.triton import FULL_WAVE
 from mage_kernels.layout import output_shape
 from mage_kernels.online_softmax import LN_2, LOG2_E, attend_tile, output_row
 from mage_kernels.overlap import launch_options
-from mage_kernels.overlap.triton import ask, let_next_start, wait
+from mage_kernels.overlap.triton import ask, held, let_next_start, wait
 
 LOWEST = tl.constexpr(-1e30)
 """Where a maximum begins: below every logit, and finite, so that a tile may have no key at all."""
@@ -98,7 +98,7 @@ def attend_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < num_rows
     m_md = m_m[:, None] & m_d[None, :]
-    b_q = tl.load(query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :], mask=m_md, other=0.0)
+    p_q = query + i_b * q_batch + i_h * q_head + o_m[:, None] * q_row + o_d[None, :]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -106,6 +106,7 @@ def attend_kernel(
     p_own_v = own_value + i_b * ov_batch + i_h * ov_head
     if IS_TILE:
         if i_part < PARTS - 1:
+            b_q = tl.load(p_q, mask=m_md, other=0.0)
             b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
         else:
             o_own = tl.arange(0, BLOCK_OWN)
@@ -113,8 +114,11 @@ def attend_kernel(
             m_own_d = m_own[:, None] & m_d[None, :]
             b_own_k = tl.load(p_own_k + o_own[:, None] * ok_row + o_d[None, :], mask=m_own_d, other=0.0)
             b_own_v = tl.load(p_own_v + o_own[:, None] * ov_row + o_d[None, :], mask=m_own_d, other=0.0)
+            b_q = held(tl.load(p_q, mask=m_md, other=0.0), OVERLAP)
+            b_own_k, b_own_v = held(b_own_k, OVERLAP), held(b_own_v, OVERLAP)
             b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
     else:
+        b_q = tl.load(p_q, mask=m_md, other=0.0)
         num_keys = tl.load(count + i_bh)
         total = num_keys + OWN  # one loop over the front keys and the block's own: one pipeline of loads
         first, last = 0, total
