@@ -37,7 +37,7 @@ from mage_tune.decode.engine.attention import (
 from mage_tune.decode.engine.blocks import Blocks, check_settings, most_steps
 from mage_tune.decode.engine.cache import Cache
 from mage_tune.decode.engine.choice import Chooser, make_chooser
-from mage_tune.decode.engine.forward import Attend, Body, Projection
+from mage_tune.decode.engine.forward import Attend, Body, Normed, Projection
 from mage_tune.decode.engine.graphs import Graphs
 from mage_tune.decode.engine.kernels import make_kernel
 from mage_tune.decode.engine.weights import Weights
@@ -238,8 +238,8 @@ class Engine:
         elif kind == "commit":
             self._commit()
         elif kind in ("commit+exact", "commit+score"):
-            hidden = self.body.forward(torch.cat([self.finished, self.blocks.ids]), self._attend[kind])
-            self.blocks.accept(*self._greedy(hidden.chunk(2)[1]))
+            both = self.body.forward(torch.cat([self.finished, self.blocks.ids]), self._attend[kind])
+            self.blocks.accept(*self._greedy(both.rows(slice(self.finished.numel(), None))))
         else:
             hidden = self.body.forward(self.blocks.ids, self._attend[kind])
             self.blocks.accept(*self._greedy(hidden))
@@ -257,11 +257,11 @@ class Engine:
         if self.quest is not None:
             self.quest.update(self.block_size)
         if self.settings.family.seed_token:
-            last = hidden.unflatten(0, (-1, self.block_size))[:, -1].contiguous()
-            self.seed.copy_(self._greedy(last)[0])
+            last = slice(self.block_size - 1, None, self.block_size)
+            self.seed.copy_(self._greedy(hidden.rows(last))[0])
 
-    def _greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, hidden) -> most probable token (n,) int64 and its probability (n,) float32."""
+    def _greedy(self, hidden: Normed) -> tuple[Tensor, Tensor]:
+        """Of n rows: most probable token (n,) int64 and its probability (n,) float32."""
         logits, mask_id = self.body.logits(hidden), self.blocks.mask_id
         if self.settings.family.name == "converted":
             # Never a target in training, so its mass means nothing; published families count it in the normalisation.
@@ -291,7 +291,6 @@ class Engine:
         if held[row] + len(ids) > self.cache.capacity:
             raise ValueError(f"{len(ids)} more tokens do not fit in a cache of {self.cache.capacity}")
         chunk = max(size, self.settings.prefill_chunk // size * size)
-        hidden = torch.empty(0)
         for start in range(0, len(ids), chunk):
             part = torch.tensor([ids[start : start + chunk]], device=self.weights.device)
             hidden = self.body.forward(part, self._prefill_attention(row, held[row], part.shape[1]))
@@ -299,7 +298,7 @@ class Engine:
             self.cache.set_lengths(held)
         if self.quest is not None:
             self.quest.update(len(ids))
-        return int(self._greedy(hidden[-1:])[0]), -(-len(ids) // chunk)
+        return int(self._greedy(hidden.rows(slice(-1, None)))[0]), -(-len(ids) // chunk)
 
     def _prefill_attention(self, row: int, before: int, width: int) -> Attend:
         """Block-causal attention of `width` new tokens of one row, by PyTorch."""

@@ -25,6 +25,11 @@ class Normed(NamedTuple):
     values: Tensor
     squares: Tensor | None = None
 
+    def rows(self, which: slice) -> Normed:
+        """Some of them."""
+        squares = None if self.squares is None else self.squares[:, which].contiguous()
+        return Normed(self.values[which].contiguous(), squares)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -37,11 +42,8 @@ class Projection:
 
     def halves(self) -> list[Projection]:
         """The projections of either half of the rows."""
-        values, squares = self.x
-        halves = [Normed(half) for half in values.chunk(2)]
-        if squares is not None:
-            sums = squares.chunk(2, dim=1)
-            halves = [Normed(half.values, half_sums.contiguous()) for half, half_sums in zip(halves, sums, strict=True)]
+        half = len(self.x.values) // 2
+        halves = self.x.rows(slice(half)), self.x.rows(slice(half, None))
         return [replace(self, x=half) for half in halves]
 
 
@@ -65,25 +67,25 @@ class Body:
         self.eps = weights.shape.norm_eps
         self.arrivals = new_arrivals(weights.device)
 
-    def forward(self, ids: Tensor, attend: Attend) -> Tensor:
-        """(batch, n) int64 -> (batch * n, hidden) after the final norm."""
+    def forward(self, ids: Tensor, attend: Attend) -> Normed:
+        """(batch, n) int64 -> (batch * n, hidden), the final norm's."""
         weights = self.weights
         stream = F.embedding(ids.flatten(), weights.embedding)
         x = Normed(add_norm(stream, None, weights.layers[0].attention_norm, self.eps, impl=self.impl))
         following = [(layer.attention_norm, layer.qkv) for layer in weights.layers[1:]]
+        following.append((weights.final_norm, weights.head))
         for number, layer in enumerate(weights.layers):
             heads = attend(number, self._projected(x, layer))
             x = self._add(stream, heads, layer.out, layer.mlp_norm, layer.gate_up)
             gated = self._gated(x, layer)
-            gain, matrix = following[number] if number < len(following) else (weights.final_norm, None)
-            x = self._add(stream, gated, layer.down, gain, matrix)
-        return x.values
+            x = self._add(stream, gated, layer.down, *following[number])
+        return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) -> (n, vocab), of the weights' dtype."""
-        if self._are_few(hidden, self.weights.head):
-            return linear(hidden, self.weights.head, impl=self.impl)
-        return F.linear(hidden, self.weights.head)
+    def logits(self, x: Normed) -> Tensor:
+        """(n, vocab) of n rows of `forward`, of the weights' dtype."""
+        if self._are_few(x.values, self.weights.head):
+            return linear(x.values, self.weights.head, squares=x.squares, eps=self.eps, impl=self.impl)
+        return F.linear(x.values, self.weights.head)
 
     def _projected(self, x: Normed, layer: LayerWeights) -> Tensor | Projection:
         """Queries, keys and values: parts of their sum where that is faster, or left to be done."""
@@ -94,12 +96,12 @@ class Body:
             return Projection(x, weight, bias, self.eps)
         return linear_parts(x.values, weight, bias, squares=x.squares, eps=self.eps, impl=self.impl)
 
-    def _add(self, stream: Tensor, x: Tensor, weight: Tensor, gain: Tensor, following: Tensor | None) -> Normed:
+    def _add(self, stream: Tensor, x: Tensor, weight: Tensor, gain: Tensor, following: Tensor) -> Normed:
         """stream += x @ weight.T, and its norm; without the norm's last factor where the next product can apply it."""
         if not self._are_few(x, weight):
             return Normed(add_norm(stream, F.linear(x, weight), gain, self.eps, impl=self.impl))
         # What is not divided yet may be too large for fp16.
-        if following is not None and self._are_few(stream, following) and stream.dtype != torch.float16:
+        if self._are_few(stream, following) and stream.dtype != torch.float16:
             return Normed(*add_linear(stream, x, weight, gain, self.arrivals, impl=self.impl))
         return Normed(add_norm(stream, linear_parts(x, weight, impl=self.impl), gain, self.eps, impl=self.impl))
 
