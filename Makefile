@@ -10,6 +10,8 @@ PYTHON ?=
 PY := .venv/bin/python
 STAMP := .venv/installed.stamp
 TEST_FLAGS ?= -n 2 --timeout 600
+# The oldest Triton that pyproject.toml allows, beside the installed one: kernels have to compile with both.
+OLDEST_TRITON := $(if $(filter Linux,$(shell uname)),.make/triton-3.6.0)
 
 .PHONY: help venv demo test test-gpu check format clean
 
@@ -19,8 +21,12 @@ help: ## list the targets
 demo: $(STAMP) ## fine-tune a real 135M model on the CPU and print a before/after table
 	@$(PY) scripts/demo.py
 
-test: $(STAMP) ## the whole test suite (CPU)
+test: $(STAMP) $(OLDEST_TRITON) ## the whole test suite (CPU)
 	@$(PY) -m pytest $(TEST_FLAGS)
+
+.make/triton-%: | $(STAMP)
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $@.part triton==$*
+	@mv $@.part $@
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	@$(PY) -m pytest -m gpu

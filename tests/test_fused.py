@@ -250,6 +250,7 @@ def test_lengths_seen_before_compile_nothing(gradients_on):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_in_a_pass_waits_for_the_device(tiny_backbone, tiny_adapter, make_examples):
     """The host would launch the next kernel only when the device has run out of them."""
     backbone = tiny_backbone("converted", tie_embeddings=True)

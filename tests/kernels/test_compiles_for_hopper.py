@@ -76,12 +76,25 @@ def test_compiles_for_hopper(shape, compiled):
     assert shared <= 227 * 1024
 
 
+OLDEST_TRITON = Path(__file__).parents[2] / ".make" / "triton-3.6.0"
+"""Where `make test` installs the oldest Triton that pyproject.toml allows."""
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted process cannot compile")
-def test_every_launched_kernel_compiles(tmp_path):
+@pytest.mark.parametrize("is_oldest", [False, True], ids=["installed", "oldest"])
+def test_every_launched_kernel_compiles(tmp_path, is_oldest):
+    if is_oldest and not OLDEST_TRITON.is_dir():
+        pytest.skip("the oldest Triton is not there; make test installs it")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    if is_oldest:
+        environment["PYTHONPATH"] = os.pathsep.join([str(OLDEST_TRITON), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__).with_name("compile_ops.py")), "1.5B"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    if is_oldest:
+        version = OLDEST_TRITON.name.removeprefix("triton-")
+        assert f"triton {version}" in done.stdout
+        assert f'"triton>={version.removesuffix(".0")}"' in (OLDEST_TRITON.parents[1] / "pyproject.toml").read_text()
     compiled = set(re.findall(r"compiled (\w+)", done.stdout))
     sources = "".join(path.read_text() for path in Path(mage_kernels.__file__).parent.glob("*/triton.py"))
     defined = set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))

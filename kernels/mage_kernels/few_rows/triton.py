@@ -61,9 +61,9 @@ def load_around_wait(
     Before it, of a part that IS_TILE, the weights at p_w; of a longer part the L2 is asked for the first of them.
 
     Returns:
-        [BLOCK_N, BLOCK_K] weights and [BLOCK_K, BLOCK_M] rows of the tile; None of a longer part.
+        [BLOCK_N, BLOCK_K] weights and [BLOCK_K, BLOCK_M] rows of the tile; zeros of a longer part.
     """
-    b_w, b_x = None, None
+    b_w, b_x = 0, 0
     if IS_TILE:
         o_k = start + tl.arange(0, BLOCK_K)
         b_w = tl.load(p_w + o_k[None, :])
@@ -87,14 +87,15 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
     LEAD: tl.constexpr = 0,
 ):
     """[BLOCK_N, BLOCK_M] sums over inputs start to end of the weight rows at p_w and the rows at p_x.
 
-    The next kernel may start LEAD tiles before the end of those that are loaded here.
+    A part that IS_TILE has been loaded, as b_w and b_x. The next kernel may start LEAD tiles before a longer one ends.
     """
-    if b_w is not None:
+    if IS_TILE:
         b_acc = tl.dot(b_w, held(b_x, OVERLAP), input_precision="ieee")
     else:
         b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -177,7 +178,7 @@ def linear_kernel(
     b_w, b_x = load_around_wait(p_w, p_x, m_x, start, end, BLOCK_K, IS_TILE, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(b_w, b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(b_w, b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, IS_TILE, OVERLAP)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     if HAS_BIAS:  # the first part brings it
@@ -221,7 +222,9 @@ def add_linear_kernel(
     b_w, b_x = load_around_wait(p_w, p_x, m_x, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_stream = o_m[None, :] * N + o_n[:, None]
     b_stream = tl.load(stream_ptr + o_stream, mask=m_n & m_x, other=0.0)  # early: it waits for no product
-    b_acc = product(held(b_w, OVERLAP), b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    if IS_TILE:
+        b_w = held(b_w, OVERLAP)
+    b_acc = product(b_w, b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, IS_TILE, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_n, i_part, PARTS)
@@ -266,7 +269,7 @@ def gate_up_kernel(
     wait_asking(p_w, 0, K, BLOCK_K, OVERLAP)
     if TILES > 0:
         b_squares = load_squares(squares_ptr, num_rows, o_m, TILES, BLOCK_TILES)
-    b_acc = product(None, None, p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP, LEAD)
+    b_acc = product(0, 0, p_w, p_x, m_x, 0, K, BLOCK_N, BLOCK_M, BLOCK_K, False, OVERLAP, LEAD)
     if TILES > 0:
         b_acc *= row_scale(b_squares, K, eps)[None, :]
     b_gate, b_up = tl.split(tl.permute(tl.reshape(b_acc, [2, HALF, BLOCK_M]), [1, 2, 0]))

@@ -52,12 +52,12 @@ def wait_asking(p_w, start, end, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
 
 @triton.jit
 def held(x, OVERLAP: tl.constexpr):
-    """x (of 16 or 32 bits a number, or None), which stays as it was loaded until here: all loads are on their way.
+    """x (of 16 or 32 bits a number), which stays as it was loaded until here: all loads are on their way.
 
     Else a compiler moves what it has loaded to where it is needed piece by piece, and waits for some of the pieces
     before it asks for others: several times for the latency of memory.
     """
-    if OVERLAP and x is not None:
+    if OVERLAP:
         PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
         tl.debug_barrier()  # which ptxas moves no load across
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)

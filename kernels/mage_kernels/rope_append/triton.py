@@ -205,7 +205,7 @@ def project_append_kernel(
     m_turned = m_out & (i_head < HEADS + KV_HEADS)
     b_cosine = tl.load(cosine_ptr + o_table, mask=m_turned, other=0.0)
     b_sine = tl.load(sine_ptr + o_table, mask=m_turned, other=0.0)
-    b_acc = product(b_w, b_x, p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, OVERLAP)
+    b_acc = product(b_w, b_x, p_w, p_x, m_out, start, end, BLOCK_N, BLOCK_M, BLOCK_K, IS_TILE, OVERLAP)
     is_last = True
     if PARTS > 1:
         is_last = has_all_parts(b_acc, parts_ptr, arrivals_ptr, i_tile, i_part, PARTS)
