@@ -90,7 +90,7 @@ def attention() -> str:
     return (
         f"{markdown(head, rows)}\n\nOne layer, bf16, milliseconds, medians of CUDA-graph replays; "
         f"{made_with(found.record)}, commit {found.record['commit']}{remeasured}; what scores add: "
-        f"{scores.record['commit']}, with and without in turn."
+        f"{' and '.join(sorted({row['commit'] for row in scores.record['rows']}))}, with and without in turn."
     )
 
 
@@ -328,7 +328,7 @@ def attention_bars(found: Attention, scores: Attention) -> list[list[str]]:
         x = found.of_floor((shape, LONG, 8))
         rows.append([f"{shape}, 128K, b=8 within {allowed} x floor", f"{x:.2f}", verdict(x <= allowed)])
     cheap = [scores.scores(c) for c in CORNERS if scores.scores(c) <= 0.05]
-    dear = [f"{name_of(c)} {scores.scores(c):+.1%}" for c in CORNERS if scores.scores(c) > 0.05]
+    dear = [f"{name_of(c)} {scores.scores(c):+.2%}" for c in CORNERS if scores.scores(c) > 0.05]
     rows.append(
         [
             "scores add at most 5 %",
