@@ -217,10 +217,10 @@ ALIGNED_AND_SPARSE = {"objective": {"sparse_distillation": SPARSE_ON}, "train": 
 @pytest.mark.parametrize(
     ("name", "sections", "measured"),
     [
-        ("smollm2-135m-convert", {}, 44.80),
+        ("smollm2-135m-convert", {"train": PLAIN}, 44.80),
         ("smollm2-135m", ALIGNED, 38.83),
         ("smollm2-135m", ALIGNED_AND_SPARSE, 28.2),
-        ("smollm2-135m-convert", {"model": {"dtype": "float32"}}, 51.6),
+        ("smollm2-135m-convert", {"model": {"dtype": "float32"}, "train": PLAIN}, 51.6),
         ("smollm2-135m", {"train": {"rows": 8, "accumulation": 2}}, 34.0),  # fused, with real weights
     ],
 )
@@ -237,8 +237,8 @@ def test_the_peak_of_the_recipe_as_it_is_measured_with_real_weights():
 @pytest.mark.parametrize(
     ("name", "sections", "measured"),
     [
-        ("smollm2-135m-convert", {}, 0.541),
-        ("smollm2-135m-convert", {"train": {"rows": 4, "accumulation": 5}}, 1.2),
+        ("smollm2-135m-convert", {"train": PLAIN}, 0.541),
+        ("smollm2-135m-convert", {"train": PLAIN | {"rows": 4, "accumulation": 5}}, 1.2),
         ("smollm2-135m", ALIGNED, 0.99),
         ("smollm2-135m", {}, 0.711),  # the recipe as it is, with real weights (bd13d5e)
     ],
