@@ -1,8 +1,9 @@
 """The engine against the plain decoder, on this machine and in the precision that is timed.
 
-On tiny random models of each family, with rows of different lengths: logits of an exact step, the keys a rule chooses,
-logits of a sparse step under those very keys, all against the plain decoder in float64 on the same weights and measured
-by what plain PyTorch loses in the engine's precision; and the text of graphs against the text of single launches.
+On tiny random models of each family, with rows of different lengths, and with one row alone, whose step has kernels of
+its own: logits of an exact step, the keys a rule chooses, logits of a sparse step under those very keys, all against
+the plain decoder in float64 on the same weights and measured by what plain PyTorch loses in the engine's precision; and
+the text of graphs against the text of single launches.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ FAMILIES = {"converted": "llama", "fast_dllm_v2": "qwen2", "sdar": "qwen3"}
 BLOCK = 32
 LENGTHS = (640, 96, 416)
 BUDGET = 128
+ALONE: dict[str, int] = {
+    "vocab_size": 320,
+    "hidden_size": 1024,
+    "intermediate_size": 2304,
+    "num_layers": 2,
+    "num_heads": 8,
+    "head_dim": 128,
+}
+"""A shape whose products in a step of one row are those of a few rows, some in whole tiles, some not (`few_rows`)."""
 SLACK = 2.0
 """An engine may lose this many times what plain PyTorch loses in the same precision."""
 
@@ -62,7 +72,12 @@ class Check:
 
 def check_engine(device: torch.device, dtype: torch.dtype) -> list[Check]:
     """Every comparison for every family."""
-    return [check for family in FAMILIES for check in _check_family(family, device, dtype)]
+    checks: list[Check] = []
+    for family in FAMILIES:
+        checks += check_model(family, tiny_lm(family, device, dtype), LENGTHS, BUDGET)
+        alone = tiny_lm(family, device, dtype, **ALONE)
+        checks += check_model(f"{family}, one row", alone, LENGTHS[:1], 4 * BUDGET)
+    return checks
 
 
 @torch.no_grad()
@@ -104,18 +119,21 @@ def tiny_lm(family: str, device: torch.device, dtype: torch.dtype, **shape: int)
 
 
 @torch.no_grad()
-def _check_family(family: str, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    lm = tiny_lm(family, device, dtype)
+def check_model(
+    name: str, lm: BlockDiffusionLM, lengths: tuple[int, ...], budget: int, impl: str | None = None
+) -> Iterator[Check]:
+    """Every comparison for a model, with a row of random tokens of each length; `impl` as in `Engine`."""
+    first = next(lm.model.parameters())
+    device, dtype = first.device, first.dtype
     wide = BlockDiffusionLM(copy.deepcopy(lm.model).double(), None, lm.family)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, MASK_ID, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompts = [torch.randint(2, MASK_ID, (n,), generator=generator).tolist() for n in lengths]
     block = torch.full((len(prompts), BLOCK), MASK_ID, device=device)
     block[:, 0] = 5
-    rule = Mage(budget=BUDGET, dense_layers=1)
+    rule = Mage(budget=budget, dense_layers=1)
 
-    engine = Engine(
-        weights_of(lm.model), engine_settings(lm.family, rule), len(prompts), round_up(max(LENGTHS) + BLOCK, BLOCK)
-    )
+    capacity = round_up(max(lengths) + BLOCK, BLOCK)
+    engine = Engine(weights_of(lm.model), engine_settings(lm.family, rule), len(prompts), capacity, impl=impl)
     for row, ids in enumerate(prompts):
         engine.prefill(row, ids)
     engine.blocks.lay_out(block)
@@ -135,17 +153,17 @@ def _check_family(family: str, device: torch.device, dtype: torch.dtype) -> Iter
         ("exact step", exact, plain_exact, true_exact),
         ("sparse step", sparse, plain_sparse, true_sparse),
     ):
-        yield Check(f"{family}: logits, {what}", _error(ours, true), SLACK * _error(plain, true) + rounding)
+        yield Check(f"{name}: logits, {what}", _error(ours, true), SLACK * _error(plain, true) + rounding)
     missed = 1.0 - float(true_choice.recall(selection).mean())
-    yield Check(f"{family}: keys missed", missed, SLACK * (1.0 - float(true_choice.recall(plain_choice).mean())) + 0.01)
+    yield Check(f"{name}: keys missed", missed, SLACK * (1.0 - float(true_choice.recall(plain_choice).mean())) + 0.01)
     if engine.fuses_commits:
-        yield _fused_commit(lm, wide, prompts, block, rule)
+        yield _fused_commit(name, lm, wide, prompts, block, rule)
     if device.type == "cuda":
-        yield Check(f"{family}: tokens, graphs against launches", float(_differing(lm, prompts)), 0.0)
+        yield Check(f"{name}: tokens, graphs against launches", float(_differing(lm, prompts, budget)), 0.0)
 
 
 def _fused_commit(
-    lm: BlockDiffusionLM, wide: BlockDiffusionLM, prompts: list[list[int]], block: Tensor, rule: Mage
+    name: str, lm: BlockDiffusionLM, wide: BlockDiffusionLM, prompts: list[list[int]], block: Tensor, rule: Mage
 ) -> Check:
     """Keys and values that a block leaves in the cache, committed with the next one's first step or on its own."""
     found = []
@@ -164,7 +182,7 @@ def _fused_commit(
         found.append(torch.cat([memory[:, :, row, :, end].flatten() for row, end in enumerate(ends)]))
     fused, single, true = found
     allowed = SLACK * _error(single, true) + torch.finfo(fused.dtype).eps
-    return Check(f"{lm.family.name}: keys and values, fused commit", _error(fused, true), allowed)
+    return Check(f"{name}: keys and values, fused commit", _error(fused, true), allowed)
 
 
 def _plain(
@@ -183,9 +201,9 @@ def _error(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true.double()).norm() / true.double().norm())
 
 
-def _differing(lm: BlockDiffusionLM, prompts: list[list[int]]) -> int:
+def _differing(lm: BlockDiffusionLM, prompts: list[list[int]], budget: int) -> int:
     """Tokens in which graphs and single launches differ, exact and sparse, over rows of different lengths."""
-    options: dict[str, Any] = {"max_new_tokens": 70, "stop_ids": (), "budget": BUDGET}
+    options: dict[str, Any] = {"max_new_tokens": 70, "stop_ids": (), "budget": budget}
     differing = 0
     for attention in ("exact", "mage"):
         texts = [
