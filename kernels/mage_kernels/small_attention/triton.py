@@ -110,12 +110,10 @@ def attend_kernel(
             b_acc, b_max, b_sum, _ = attend_tile(b_q, b_k, b_v, m_n, b_acc, b_max, b_sum, qk_scale, True)
         else:
             o_own = tl.arange(0, BLOCK_OWN)
+            p_key = p_own_k + o_own[:, None] * ok_row + o_d[None, :]
+            p_value = p_own_v + o_own[:, None] * ov_row + o_d[None, :]
             m_own = o_own < OWN
-            m_own_d = m_own[:, None] & m_d[None, :]
-            b_own_k = tl.load(p_own_k + o_own[:, None] * ok_row + o_d[None, :], mask=m_own_d, other=0.0)
-            b_own_v = tl.load(p_own_v + o_own[:, None] * ov_row + o_d[None, :], mask=m_own_d, other=0.0)
-            b_q = held(tl.load(p_q, mask=m_md, other=0.0), OVERLAP)
-            b_own_k, b_own_v = held(b_own_k, OVERLAP), held(b_own_v, OVERLAP)
+            b_q, b_own_k, b_own_v = load_at_once(p_q, p_key, p_value, m_md, m_own[:, None] & m_d[None, :], OVERLAP)
             b_acc, b_max, b_sum, _ = attend_tile(b_q, b_own_k, b_own_v, m_own, b_acc, b_max, b_sum, qk_scale, True)
     else:
         b_q = tl.load(p_q, mask=m_md, other=0.0)
@@ -155,6 +153,15 @@ def attend_kernel(
         tl.store(log_mass + i_bh * num_rows + o_m, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
         p_out = out + output_row(i_b, i_h, o_m, num_heads, num_rows, POSITIONS)[:, None] * D + o_d[None, :]
         tl.store(p_out, (b_acc / b_divisor[:, None]).to(out.dtype.element_ty), mask=m_md)
+
+
+@triton.jit
+def load_at_once(p_q, p_k, p_v, m_q, m_kv, OVERLAP: tl.constexpr):
+    """Queries, keys and values: all are asked for before the first is waited for."""
+    b_k = tl.load(p_k, mask=m_kv, other=0.0)
+    b_v = tl.load(p_v, mask=m_kv, other=0.0)
+    b_q = tl.load(p_q, mask=m_q, other=0.0)
+    return held(b_q, OVERLAP), held(b_k, OVERLAP), held(b_v, OVERLAP)
 
 
 @triton.jit
