@@ -126,7 +126,7 @@ def all_cases() -> list[Case]:
             Case(f"{name}-whole-student", name, FUSED | short | {"objective.sparse_distillation.share": 1.0}),
         ]  # fmt: skip
     cases += [
-        Case("smollm2-convert", "smollm2-135m-convert", {"train.kernels": "fused"}, steps=10, profiled=True),
+        Case("smollm2-convert", "smollm2-135m-convert", {}, steps=10, profiled=True),
         Case("smollm2-tune", "smollm2-135m", FUSED, steps=5, profiled=True),
         Case("smollm2-convert-plain", "smollm2-135m-convert", {"train.kernels": "plain"}, steps=10),
         # The bars: 64K tokens of data a step.
