@@ -25,6 +25,7 @@ test: $(STAMP) $(OLDEST_TRITON) ## the whole test suite (CPU)
 	@$(PY) -m pytest $(TEST_FLAGS)
 
 .make/triton-%: | $(STAMP)
+	@rm -rf $@.part
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $@.part triton==$*
 	@mv $@.part $@
 

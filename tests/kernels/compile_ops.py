@@ -4,7 +4,7 @@ The interpreter runs kernels as Python and lets pass what the compiler refuses (
 branch, say). Here launches stop after compilation.
 
     python tests/kernels/compile_ops.py            # all shapes
-    python tests/kernels/compile_ops.py 1.5B      # this one, as test_compiles_for_hopper.py does
+    python tests/kernels/compile_ops.py 1.5B       # this one, as test_compiles_for_hopper.py does
 """
 
 import re

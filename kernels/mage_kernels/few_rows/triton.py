@@ -222,7 +222,7 @@ def add_linear_kernel(
     b_w, b_x = load_around_wait(p_w, p_x, m_x, start, end, BLOCK_K, IS_TILE, OVERLAP)
     o_stream = o_m[None, :] * N + o_n[:, None]
     b_stream = tl.load(stream_ptr + o_stream, mask=m_n & m_x, other=0.0)  # early: it waits for no product
-    if IS_TILE:
+    if IS_TILE:  # (q, k and v, measured, gain nothing by it)
         b_w = held(b_w, OVERLAP)
     b_acc = product(b_w, b_x, p_w, p_x, m_x, start, end, BLOCK_N, BLOCK_M, BLOCK_K, IS_TILE, OVERLAP)
     is_last = True

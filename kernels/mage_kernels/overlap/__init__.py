@@ -9,7 +9,8 @@ their first tiles; then it waits. Why all of this is safe:
 * **Before its wait a kernel writes nothing, and reads what the kernel before does not write**: weights, where a block
   lies, and front keys; the compiled code is tested for that (`tests/kernels/compile_ops.py`). `project_append` and
   `rope_append`, which come before `small_attention`, write where the block's own keys lie; they must be given no other
-  slots of what it reads. After `compact`, `small_attention` may not be launched so: other kernels have to come between.
+  slots of what it reads. Whoever writes front keys (`compact`) or where a block lies has another kernel between that
+  and the one that reads it: in the engine a whole step, or the projection of the finished one of two blocks.
 * **A hint reads nothing**, and what it fetches cannot grow stale: it stays in the L2, through which all multiprocessors
   write.
 * **The wait is for everything before.** `griddepcontrol.wait` waits until the kernel before has completed and its

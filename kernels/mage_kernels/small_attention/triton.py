@@ -228,21 +228,18 @@ def make_plan(batch_heads: int, num_rows: int, head_dim: int, can_split: bool = 
     programs = batch_heads * triton.cdiv(num_rows, 16)
     if programs > ONE_WAVE and num_rows >= 64:
         return Plan(64, 64, 4, stages)
-    tiles = triton.cdiv(front, TILE)
-    if can_split and 0 < tiles <= MOST_TILES and head_dim <= 128 and programs * (tiles + 1) <= THREE_EACH:
-        return Plan(16, TILE, 4, 1, tiles + 1, is_tile=True)
+    parts = triton.cdiv(front, TILE) + 1
+    if can_split and 1 < parts <= MOST_PARTS and head_dim <= 128 and programs * parts <= THREE_EACH:
+        return Plan(16, TILE, 4, 1, parts, is_tile=True)
     parts = min(MOST_PARTS, FULL_WAVE // programs) if can_split else 1
     return Plan(16, 64, 4, stages, max(1, parts))
 
 
 TILE = 128
-"""Front keys that a program reads before its wait."""
-
-MOST_TILES = 4
-"""Merging more than five parts costs more than their programs save; 512 keys are four tiles."""
+"""Front keys that a program reads before its wait: as many as registers hold, of at most 128 numbers each."""
 
 MOST_PARTS = 5
-"""The same, of parts that a program walks."""
+"""Merging more costs more than their programs save; 512 keys are four tiles, and the block's own one more."""
 
 THREE_EACH = 396
 """Programs with a tile that a large GPU runs at a time: their registers leave room for three on a multiprocessor."""
